@@ -1,0 +1,99 @@
+"""What inference cannot see: the only table in this library that names families.
+
+A fused tensor's length says what is in it, not in which order. Each row says it for one family, and why. A row that
+is wrong cannot pass the certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_ws.axes import HEADS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How one family stores what one module writes."""
+
+    model_type: str
+    module: str
+    """End of the module's name."""
+    writes: str
+    """The dimension that the module writes, in the layout language."""
+    why: str
+    when: Callable[[PreTrainedConfig], bool] = lambda config: True
+
+
+IRREGULAR = (
+    Row(
+        model_type="gpt_neox",
+        module="query_key_value",
+        writes="(heads 3 head_dim)",
+        why="the output is viewed as heads first, then split into q, k, v inside each head",
+    ),
+    Row(
+        model_type="bloom",
+        module="query_key_value",
+        writes="(heads 3 head_dim)",
+        why="the output is viewed as heads first, then split into q, k, v inside each head",
+    ),
+    Row(
+        model_type="codegen",
+        module="qkv_proj",
+        writes="(heads:4 3 heads head_dim)",
+        why="stored in four blocks, one for each core of the machine it was trained on; q, v, k in each",
+    ),
+    Row(
+        model_type="falcon",
+        module="query_key_value",
+        writes="(kv_heads (heads head_dim + head_dim + head_dim))",
+        why="the 40B layout: for each kv head its query heads, its key, its value",
+        when=lambda config: config.new_decoder_architecture,
+    ),
+    Row(
+        model_type="falcon",
+        module="query_key_value",
+        writes="(heads head_dim + head_dim + head_dim)",
+        why="the 7B layout: one key and one value that all heads share",
+        when=lambda config: config.multi_query and not config.new_decoder_architecture,
+    ),
+    Row(
+        model_type="falcon",
+        module="query_key_value",
+        writes="(heads 3 head_dim)",
+        why="the 1B layout: q, k, v inside each head",
+        when=lambda config: not config.multi_query and not config.new_decoder_architecture,
+    ),
+)
+
+MINIATURES: Mapping[str, Mapping[str, int]] = {"codegen": {HEADS: 12}}
+"""Sizes that a family's miniature cannot do without: CodeGen's heads come in fours."""
+
+HEAD_BIASES: Mapping[str, str] = {
+    "bloom": "transformers.models.bloom.modeling_bloom.build_alibi_tensor",
+    "falcon": "transformers.models.falcon.modeling_falcon.build_alibi_tensor",
+    "mpt": "transformers.models.mpt.modeling_mpt.build_mpt_alibi_tensor",
+}
+"""Where ALiBi gives a head a slope by its number. Heads are proven interchangeable with the slopes set to zero."""
+
+
+def row_for(config: PreTrainedConfig, module: str) -> Row | None:
+    """The row for this module of this model, if it is irregular."""
+    for row in IRREGULAR:
+        if row.model_type == config.model_type and module.split(".")[-1] == row.module and row.when(config):
+            return row
+    return None
+
+
+def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields that a miniature needs although they are no axis."""
+    limits = {"num_experts_per_tok": 2, "rotary_dim": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    fields: dict[str, Any] = {"tie_word_embeddings": False}  # apart, the table writes and the head reads
+    for name, limit in limits.items():
+        if isinstance(getattr(config, name, None), int):
+            fields[name] = min(getattr(config, name), limit)
+    return fields
