@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, LABELS, MOE_FFN, VOCAB, parse
 from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts import irregular
-from hf_ws.layouts.infer import Inferred, generic, infer, visible_sizes
+from hf_ws.layouts.infer import Inferred, build_on_meta, generic, infer
 from hf_ws.layouts.select import select
 from hf_ws.sizes import resize, sizes_of
 
@@ -52,11 +52,12 @@ class Certificate:
     """The axes that occur in the layouts."""
     errors: Mapping[str, float]
     """What each proof moved the output by, as a share of its largest value."""
-
-    def layout(self, name: str) -> tuple[str, int | None]:
-        """A parameter's layout, and the number of its layer (None outside the layers)."""
-        pattern, layer = generic(name, self.stacks)
-        return self.layouts[pattern], layer
+    tied: tuple[str, ...] = ()
+    """Parameters that are another name of one earlier in `layouts` where the config ties embeddings."""
+    head: str | None = None
+    """The matrix that gives the logits."""
+    head_norm: tuple[str, ...] = ()
+    """Gain and bias of the norm whose output the head reads; empty if there is none, or its gain is not a factor."""
 
 
 _CERTIFICATES: dict[str, Certificate] = {}
@@ -96,7 +97,44 @@ def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Certificate
             f"{model_class.__name__}: its layouts were inferred but not proven: {', '.join(failed)}. Nothing is "
             "transferred on a guess; a fused or interleaved tensor needs a row in hf_ws/layouts/irregular.py"
         )
-    return Certificate(model_class.__name__, inferred.layouts, inferred.stacks, tuple(sorted(axes)), errors)
+    return Certificate(
+        model_class=model_class.__name__,
+        layouts=inferred.layouts,
+        stacks=inferred.stacks,
+        axes=tuple(sorted(axes)),
+        errors=errors,
+        tied=_tied(model_class, inferred.miniature),
+        **_head(model_class, inferred, tokens),
+    )
+
+
+def _tied(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, ...]:
+    model = build_on_meta(model_class, resize(config, {}, tie_word_embeddings=True))
+    return tuple(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _head(model_class: type[PreTrainedModel], inferred: Inferred, tokens: Tensor) -> dict[str, Any]:
+    """The matrix that gives the logits, and the norm right before it: found by following the tensor."""
+    with _plain_arithmetic(inferred.miniature):
+        model = _build(model_class, inferred.miniature)
+        head = model.get_output_embeddings()
+        if head is None:
+            return {}
+        read: list[Tensor] = []
+        written: list[tuple[str, Tensor]] = []
+        hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))]
+        for name, module in model.named_modules():
+            if "norm" in type(module).__name__.lower():
+                hooks.append(module.register_forward_hook(lambda _, __, output, name=name: written.append((name, output))))
+        _run(model, tokens)
+        for hook in hooks:
+            hook.remove()
+        names = [name for name, output in written if output.data_ptr() == read[0].data_ptr()]
+        # A class that starts its gains at zero multiplies by one plus the gain (Gemma): no factor can move there.
+        plain = names and all(bool((p == 1).all()) for n, p in model.get_submodule(names[-1]).named_parameters() if n == "weight")
+        norm = [f"{names[-1]}.{n}" for n, _ in model.get_submodule(names[-1]).named_parameters()] if plain else []
+        (matrix,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+        return {"head": matrix, "head_norm": tuple(norm)}
 
 
 def _permutations(sizes: Mapping[str, int], axes: set[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

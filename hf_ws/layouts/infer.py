@@ -144,6 +144,8 @@ def generic(name: str, stacks: tuple[str, ...]) -> tuple[str, int | None]:
     for stack in stacks:
         if name.startswith(f"{stack}."):
             number, _, rest = name[len(stack) + 1 :].partition(".")
+            if not number.isdigit():
+                break
             return f"{stack}.*.{rest}", int(number)
     return name, None
 

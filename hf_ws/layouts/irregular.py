@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_ws.axes import HEADS
+from hf_ws.errors import SizeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +98,39 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(getattr(config, name, None), int):
             fields[name] = min(getattr(config, name), limit)
     return fields
+
+
+INTERLEAVED_ROTARY = frozenset({"cohere", "codegen", "gptj"})
+"""Families that turn channels 2i and 2i + 1 together; the others turn i and i + half."""
+
+
+def rotary_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, ...]:
+    """Which channels of a head are kept: evenly spaced, in rotary models by pair, so each keeps its frequency.
+
+    Pair j of `size` turns at base ** (-2j / size): the nearest frequency for pair j of `keep` is pair j * size / keep.
+
+    Raises:
+        SizeError: a rotary model that turns only a part of each head.
+    """
+    if size == keep:
+        return tuple(range(size))
+    if not hasattr(config, "rope_parameters") and not hasattr(config, "rotary_dim"):
+        return tuple(round(j * size / keep) for j in range(keep))
+    parts = [p for p in _nested(config.to_dict()) if p not in (None, 1, 1.0)]
+    if parts or getattr(config, "rotary_dim", None):
+        raise SizeError(
+            f"head_dim={keep}: {config.model_type} turns only a part of each head's {size} channels, and which of "
+            "the rest belong together is not known; leave head_dim as it is"
+        )
+    pairs = [int(j * size / keep) for j in range(keep // 2)]
+    if config.model_type in INTERLEAVED_ROTARY:
+        return tuple(channel for pair in pairs for channel in (2 * pair, 2 * pair + 1))
+    return (*pairs, *(pair + size // 2 for pair in pairs))
+
+
+def _nested(values: Any) -> list[Any]:
+    """Every `partial_rotary_factor` in a config's dict, however deep."""
+    if not isinstance(values, dict):
+        return []
+    own = [values["partial_rotary_factor"]] if "partial_rotary_factor" in values else []
+    return own + [found for value in values.values() for found in _nested(value)]

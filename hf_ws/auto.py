@@ -1,0 +1,361 @@
+"""`AutoSubclone`: a checkpoint of one size in, a stock model of another size out.
+
+    from hf_ws import AutoSubclone
+
+    model = AutoSubclone.from_pretrained("gpt2-large", hidden=512)
+    plan = AutoSubclone.plan("gpt2-large", hidden=512, layers=12)      # reads config.json only
+    print(plan)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_ws import store
+from hf_ws.axes import AXES, HEAD_DIM, HEADS, KV_HEADS, LABELS, LAYERS
+from hf_ws.depth import POLICIES, LayerPolicy
+from hf_ws.errors import PlanError, SizeError, UnsupportedArchitectureError
+from hf_ws.evidence import calibrate
+from hf_ws.layouts import Certificate
+from hf_ws.layouts import certify as certify_class
+from hf_ws.layouts.infer import build_on_meta
+from hf_ws.methods import METHODS, Method, Request
+from hf_ws.plan import Plan, Rank
+from hf_ws.sizes import derive_config, read_request, sizes_of
+from hf_ws.transfer import apply, settle
+
+logger = logging.getLogger(__name__)
+
+SourceLike = str | Path | PreTrainedModel
+
+
+class AutoSubclone:
+    """Start a model of one size from the pretrained weights of another; not to be instantiated."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoSubclone is not instantiated; call AutoSubclone.from_pretrained(source, hidden=...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: SourceLike,
+        *,
+        hidden: int | None = None,
+        layers: int | None = None,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        ffn: int | None = None,
+        vocab: int | None = None,
+        experts: int | None = None,
+        method: str | Method = "subclone",
+        method_args: Mapping[str, Any] | None = None,
+        layer_policy: str | LayerPolicy | Sequence[int] | None = None,
+        calibration: Any = None,
+        seed: int = 0,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        model_class: type[PreTrainedModel] | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **config_fields: Any,
+    ) -> PreTrainedModel:
+        """A stock Transformers model of the wanted size, started from the source's weights.
+
+        Sizes that are not given follow from those that are; see `derive_config`. The model is in evaluation mode,
+        as `from_pretrained` gives it, and `save_pretrained` writes a checkpoint that needs nothing of this library.
+
+        Args:
+            source: A Hub id, a folder, or a live model. Only read.
+            hidden: Width of the residual stream.
+            layers: Number of layers.
+            heads: Query heads.
+            kv_heads: Key/value heads.
+            head_dim: Channels in a head.
+            ffn: Neurons of a feed-forward block.
+            vocab: Rows of the token embedding.
+            experts: Routed experts in a layer.
+            method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`.
+            method_args: The method's own options, such as `{"rescale": False}`.
+            layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers`, or the list of source layers
+                to keep; the method's own policy if None.
+            calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, or an iterable of model inputs;
+                methods that rank by activation look at it.
+            seed: Of everything random: drawn indices and freshly initialised weights.
+            dtype: Of the target's weights, as in Transformers (`torch.bfloat16`, `"bfloat16"`); the source's if None.
+            device: Where the target goes, and where calibration runs; the CPU if None.
+            model_class: The class to load instead of the one that the checkpoint's `architectures` names.
+            revision: Branch, tag or commit of a Hub id.
+            token: For gated or private repositories, as in Transformers.
+            cache_dir: Where downloads are kept.
+            local_files_only: Download nothing.
+            config_fields: Fields of the config class in its own spelling; one that names a size (`n_embd=512`,
+                `hidden_size=512`) means the same as ours.
+
+        Raises:
+            SizeError: a size no legal target has, or that the method cannot reach.
+            PlanError: an unknown method, option, policy or config field.
+            UnsupportedArchitectureError: a class that is unknown, needs remote code, or is not proven.
+            CheckpointError: a source that cannot be read or is not what its config says.
+            CalibrationError: calibration data that is empty or unusable.
+        """
+        ask = _Ask.of(locals())
+        with store.open_source(source, model_class=model_class, **ask.where) as opened:
+            plan = _settled(_planned(opened.config, opened.model_class, opened.name, opened.revision, ask), opened, ask)
+            model = apply(plan, opened, dtype=_dtype(dtype), device=device)
+        model.hf_ws_plan = plan  # how it was made, for whoever saves or distils it; no part of the checkpoint
+        return model
+
+    @classmethod
+    def plan(
+        cls,
+        source: SourceLike,
+        *,
+        hidden: int | None = None,
+        layers: int | None = None,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        ffn: int | None = None,
+        vocab: int | None = None,
+        experts: int | None = None,
+        method: str | Method = "subclone",
+        method_args: Mapping[str, Any] | None = None,
+        layer_policy: str | LayerPolicy | Sequence[int] | None = None,
+        calibration: Any = None,
+        seed: int = 0,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        model_class: type[PreTrainedModel] | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **config_fields: Any,
+    ) -> Plan:
+        """What `from_pretrained` with the same arguments would do, from `config.json` alone.
+
+        What a method ranks stays open (`Rank`) until the weights are read; `plan.apply(source)` settles it. Only
+        with `calibration` is the source's model run here, and the plan comes back settled.
+
+        Args and errors are those of `from_pretrained`.
+        """
+        ask = _Ask.of(locals())
+        if calibration is not None:
+            with store.open_source(source, model_class=model_class, **ask.where) as opened:
+                plan = _planned(opened.config, opened.model_class, opened.name, opened.revision, ask)
+                return _settled(plan, opened, ask)
+        if isinstance(source, PreTrainedModel):
+            return _planned(source.config, type(source), type(source).__name__, None, ask)
+        config = store.load_config(source, **ask.where)
+        return _planned(config, store.model_class(config, model_class), str(source), config._commit_hash, ask)
+
+
+def apply_plan(
+    plan: Plan,
+    source: SourceLike | None = None,
+    *,
+    calibration: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedModel:
+    """`Plan.apply`: the model that a plan describes."""
+    with store.open_source(
+        plan.source if source is None else source,
+        model_class=plan.model_class,
+        revision=plan.revision if source in (None, plan.source) else None,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    ) as opened:
+        ask = _Ask(calibration=calibration, device=device)
+        settled = _settled(plan, opened, ask)
+        model = apply(settled, opened, dtype=_dtype(dtype), device=device)
+    model.hf_ws_plan = settled
+    return model
+
+
+def certify(model: type[PreTrainedModel] | PreTrainedConfig) -> Certificate:
+    """Prove the layouts of a model class, or of the class that a config belongs to.
+
+    Args:
+        model: A class (its default config is taken) or a config.
+
+    Raises:
+        UnsupportedArchitectureError: the class could not be proven, with the axis that failed.
+    """
+    if isinstance(model, PreTrainedConfig):
+        return certify_class(store.model_class(model), model)
+    config_class = getattr(model, "config_class", None)
+    if config_class is None:
+        raise UnsupportedArchitectureError(f"{model!r} is neither a config nor a Transformers model class")
+    return certify_class(model, config_class())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ask:
+    """The arguments of a call, sorted."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    method: str | Method = "subclone"
+    method_args: Mapping[str, Any] = field(default_factory=dict)
+    layer_policy: str | LayerPolicy | Sequence[int] | None = None
+    calibration: Any = None
+    seed: int = 0
+    device: torch.device | str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> _Ask:
+        return cls(
+            sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
+            fields=arguments["config_fields"],
+            method_args=arguments["method_args"] or {},
+            where={name: arguments[name] for name in ("revision", "token", "cache_dir", "local_files_only")},
+            **{name: arguments[name] for name in ("method", "layer_policy", "calibration", "seed", "device")},
+        )
+
+
+def _planned(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: _Ask
+) -> Plan:
+    """The plan that the method makes of these arguments; reads no weights."""
+    method = _method(ask.method, ask.method_args)
+    sizes, fields = read_request(config, ask.sizes, ask.fields)
+    depth = sizes_of(config)[LAYERS]
+    grows = bool(getattr(method, "grows", False))
+    policy = ask.layer_policy or getattr(method, "layer_policy", "first")
+    kept = _kept(policy, depth, sizes.pop(LAYERS, None), grows)
+    target = derive_config(config, kept=kept, **sizes, **fields)  # type: ignore[arg-type]
+    target.architectures = [model_class.__name__]
+    certificate = certify_class(model_class, config)
+    if not grows:
+        _refuse_growth(config, target, certificate, _name(ask.method))
+    request = Request(
+        source=name,
+        revision=revision,
+        source_config=config,
+        target_config=target,
+        certificate=certificate,
+        layers=kept,
+        parameters=(_count(model_class, config), _count(model_class, target)),
+        method=_name(ask.method),
+        method_args=ask.method_args,
+        seed=ask.seed,
+        calibrated=ask.calibration is not None,
+    )
+    plan = method(request, **ask.method_args)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"method {_name(ask.method)} returned a {type(plan).__name__}, wanted is a Plan")
+    return plan
+
+
+def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
+    """The plan with nothing open, the source's model run over the calibration data if that is what it takes."""
+    if plan.is_settled:
+        return settle(plan, opened)
+    evidence = None
+    if ask.calibration is not None:
+        model = opened.model().to(ask.device or "cpu")
+        evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened))
+    elif any(isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()):
+        logger.warning(
+            "no calibration data: ranked by weight magnitude. Importance by activation is the better start; "
+            "pass calibration= with some text"
+        )
+    return settle(plan, opened, evidence)
+
+
+def _tokenizer(opened: store.Source) -> PreTrainedTokenizerBase | None:
+    if opened.files is None or not list(opened.files.glob("*token*")):
+        return None
+    return AutoTokenizer.from_pretrained(opened.files, local_files_only=True, trust_remote_code=False)
+
+
+def _name(method: str | Method) -> str:
+    return method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+
+
+def _method(method: str | Method, arguments: Mapping[str, Any]) -> Method:
+    found = _named(method, METHODS, "method")
+    try:
+        inspect.signature(found).bind(None, **arguments)
+    except TypeError as error:
+        options = ", ".join(list(inspect.signature(found).parameters)[1:]) or "none"
+        raise PlanError(f"method {_name(method)}: {error}; its options are: {options}") from None
+    return found
+
+
+def _named(value: Any, table: Mapping[str, Any], kind: str) -> Any:
+    if callable(value):
+        return value
+    if value not in table:
+        near = difflib.get_close_matches(str(value), table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"{kind} {value!r} is unknown; known are {', '.join(table)}, or pass a callable{hint}")
+    return table[value]
+
+
+def _kept(policy: Any, depth: int, asked: int | None, grows: bool) -> tuple[int, ...]:
+    """The source layer of each target layer."""
+    if isinstance(policy, Sequence) and not isinstance(policy, str):
+        kept = tuple(policy)
+        if asked is not None and asked != len(kept):
+            raise SizeError(f"layers={asked}, but layer_policy names {len(kept)}: {list(kept)}")
+    else:
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+            raise SizeError(f"layers={asked!r}: wanted is a whole number, 1 to {depth}")
+        keep = depth if asked is None else asked
+        if keep > depth:
+            if not grows:
+                raise SizeError(f"layers={keep} is more than the source's {depth}, and this method cannot grow")
+            return (*range(depth), *[depth - 1] * (keep - depth))
+        kept = tuple(_named(policy, POLICIES, "layer_policy")(depth, keep))
+        if len(kept) != keep:
+            raise PlanError(f"layer_policy {policy!r} kept {len(kept)} layers, {keep} were asked for: {list(kept)}")
+    if not kept or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth for i in kept):
+        raise SizeError(f"layers {list(kept)}: allowed are 0 to {depth - 1}, at least one of them")
+    if not grows and list(kept) != sorted(set(kept)):
+        raise SizeError(f"layers {list(kept)} are not in ascending order, or repeat; this method only drops layers")
+    return kept
+
+
+def _refuse_growth(
+    config: PreTrainedConfig, target: PreTrainedConfig, certificate: Certificate, method: str
+) -> None:
+    before, after = sizes_of(config), sizes_of(target)
+    axes = {*certificate.axes, HEADS, KV_HEADS, HEAD_DIM} - {LABELS}
+    grown = [f"{axis} from {before[axis]} to {after[axis]}" for axis in AXES if axis in axes and after[axis] > before[axis]]
+    if grown:
+        raise SizeError(
+            f"{method} cannot grow {', '.join(grown)}; ask for at most the source's size, or for a method that grows"
+        )
+
+
+def _count(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
+    return sum(p.numel() for p in build_on_meta(model_class, deepcopy(config)).parameters())
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PlanError(f"dtype={dtype!r} is unknown; allowed are float32, bfloat16, float16, float64 and auto")
+    return found

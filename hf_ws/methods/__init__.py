@@ -1,0 +1,29 @@
+"""Methods: each returns a plan.
+
+    def my_method(request: Request, *, option=1) -> Plan: ...
+
+    AutoSubclone.from_pretrained("gpt2", hidden=384, method=my_method, method_args={"option": 2})
+
+A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none) and `grows` (True
+if it can make an axis longer than the source's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hf_ws.methods.random import random
+from hf_ws.methods.request import Request
+from hf_ws.methods.subclone import subclone
+from hf_ws.methods.weight_selection import weight_selection
+from hf_ws.plan import Plan
+
+Method = Callable[..., Plan]
+
+METHODS: dict[str, Method] = {
+    "random": random,
+    "subclone": subclone,
+    "weight_selection": weight_selection,
+}
+
+__all__ = ["METHODS", "Method", "Request", "random", "subclone", "weight_selection"]

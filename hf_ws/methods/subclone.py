@@ -1,0 +1,47 @@
+"""Weight subcloning: keep the most important channels, neurons and heads, and rescale what reads them."""
+
+from __future__ import annotations
+
+from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, MOE_FFN
+from hf_ws.methods.request import Request
+from hf_ws.plan import AxisMap, Gather, Plan, Rank
+
+
+def subclone(request: Request, *, rescale: bool = True, score: str | None = None) -> Plan:
+    """Importance ranking: one order for the residual stream, one order per layer for neurons, heads and experts.
+
+    Source: Weight Subcloning (2312.09299), section 3. Whole heads move, and query heads only with their kv head.
+    The paper scales by sqrt(d / d'); we use each matrix's own fan-in, which is the same when all axes shrink alike.
+    Of a tied head, which the paper does not mention, the gain goes to the final norm.
+
+    Args:
+        request: What is asked.
+        rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
+        score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
+
+    Raises:
+        SizeError: query heads that no selection of whole kv groups gives.
+    """
+    request.check_heads()
+    by = score or ("activation" if request.calibrated else "magnitude")
+    before, after = request.before, request.after
+    maps = request.fixed_maps()
+
+    def ranked(axis: str) -> AxisMap:
+        if before[axis] == after[axis]:
+            return Gather(tuple(range(after[axis])), before[axis])
+        return Rank(after[axis], before[axis], by)
+
+    for axis in (HIDDEN, EMBEDDING):
+        if axis in request.axes:
+            maps[axis] = ranked(axis)
+    for layer in request.layer_numbers():
+        for axis in (FFN, MOE_FFN, EXPERTS):
+            if axis in request.axes:
+                maps[f"{axis}@{layer}"] = ranked(axis)
+        maps[f"{KV_HEADS}@{layer}"] = ranked(KV_HEADS)
+        maps[f"{HEADS}@{layer}"] = ranked(HEADS)
+    return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
+
+
+subclone.layer_policy = "middle_dropped"  # type: ignore[attr-defined]

@@ -1,0 +1,276 @@
+"""What a method decided, as pure data: for every axis which of the source's indices the target keeps.
+
+A plan can be printed, argued with, saved, and applied again: the same plan and the same source give the same bytes.
+It is checked whole when it is made, so nothing starts that cannot be finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, parse
+from hf_ws.errors import OutputError, PlanError
+
+FORMAT = 1
+"""Version of the saved form."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Each target index is one source index."""
+
+    index: tuple[int, ...]
+    size: int
+    """The axis's length in the source."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def as_array(self) -> np.ndarray:
+        """The indices as integers [target length]."""
+        return np.asarray(self.index, dtype=np.int64)
+
+    def __str__(self) -> str:
+        if self.index == tuple(range(self.size)):
+            return "all"
+        steps = set(np.diff(self.index).tolist())
+        if steps == {1} or len(self) == 1:
+            return f"{self.index[0]} to {self.index[-1]}" if len(self) > 1 else str(self.index[0])
+        every = f", every {_ordinal(steps.pop())}" if len(steps) == 1 else ""
+        shown = ", ".join(map(str, self.index[:4])) + (", ..." if len(self) > 4 else "")
+        return f"{len(self)} of {self.size}{every}: {shown}"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The `keep` indices that score highest; which they are is settled when the weights or the data are read."""
+
+    keep: int
+    size: int
+    """The axis's length in the source."""
+    score: str
+    """A name in `hf_ws.scores.SCORES`."""
+
+    def __len__(self) -> int:
+        return self.keep
+
+    def __str__(self) -> str:
+        return "all" if self.keep == self.size else f"the {self.keep} of {self.size} highest by {self.score}"
+
+
+AxisMap = Gather | Rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a target is made from a source.
+
+    A key of `maps` is an axis (`hidden`), an axis in one target layer (`ffn@3`), or an axis in one parameter
+    (`hidden@lm_head.weight`, for ablations that break consistency); the most particular one holds. A key of `gains`
+    and an entry of `fresh` is a parameter's name with the layer's number written `*`.
+
+    Raises:
+        PlanError: on construction, naming everything that is inconsistent.
+    """
+
+    source: str
+    """Hub id, folder or class that the weights come from."""
+    revision: str | None
+    """Commit of a Hub source."""
+    fingerprint: str | None
+    """Hash of the source's headers; None when only its config was read."""
+    model_class: str
+    method: str
+    method_args: Mapping[str, Any]
+    seed: int
+    version: str
+    """Of this library."""
+    source_config: Mapping[str, Any]
+    target_config: Mapping[str, Any]
+    source_sizes: Mapping[str, int]
+    target_sizes: Mapping[str, int]
+    layouts: Mapping[str, str]
+    """The proven layout of every parameter, the layer's number written `*`."""
+    parameters: tuple[int, int]
+    """How many the source has and the target will have; what is tied counts once."""
+    layers: tuple[int, ...]
+    """The source layer of each target layer."""
+    maps: Mapping[str, AxisMap]
+    gains: Mapping[str, float] = field(default_factory=dict)
+    """What a parameter is multiplied by."""
+    fresh: tuple[str, ...] = ()
+    """Parameters that the model class initialises; `*` alone means all."""
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise PlanError(f"this {self.method} plan for {self.source} is inconsistent: {'; '.join(problems)}")
+
+    def _problems(self) -> Iterator[str]:
+        depth = self.source_sizes[LAYERS]
+        if len(self.layers) != self.target_sizes[LAYERS]:
+            yield f"{len(self.layers)} layers are named, the target has {self.target_sizes[LAYERS]}"
+        if outside := [i for i in self.layers if not 0 <= i < depth]:
+            yield f"layers {outside} are outside the source's 0 to {depth - 1}"
+        for key, axis_map in self.maps.items():
+            axis, _, scope = key.partition("@")
+            if axis not in AXES:
+                yield f"{key} names no axis; known are {', '.join(AXES)}"
+            elif len(axis_map) != self.target_sizes[axis] or axis_map.size != self.source_sizes[axis]:
+                yield (
+                    f"{key} maps {axis_map.size} to {len(axis_map)}, the configs say "
+                    f"{self.source_sizes[axis]} to {self.target_sizes[axis]}"
+                )
+            elif isinstance(axis_map, Gather) and not all(0 <= i < axis_map.size for i in axis_map.index):
+                yield f"{key} has an index outside 0 to {axis_map.size - 1}"
+            elif scope.isdigit() and int(scope) >= len(self.layers):
+                yield f"{key} is for a layer that the target does not have"
+        if not self.is_fresh("*"):
+            yield from self._unmapped()
+            for layer in range(len(self.layers)):
+                yield from self._heads_apart(layer)
+        for name, gain in self.gains.items():
+            if name not in self.layouts or not np.isfinite(gain) or gain <= 0:
+                yield f"gain {gain} for {name}"
+
+    def _unmapped(self) -> Iterator[str]:
+        mapped = {key.partition("@")[0] for key in self.maps}
+        for axis in {a for name in self.layouts if not self.is_fresh(name) for d in parse(self.layouts[name]) for a in d.axes}:
+            if axis not in mapped and self.source_sizes[axis] != self.target_sizes[axis]:
+                yield f"{axis} changes from {self.source_sizes[axis]} to {self.target_sizes[axis]}, and no map says how"
+
+    def _heads_apart(self, layer: int) -> Iterator[str]:
+        """Query heads whose key/value head goes elsewhere."""
+        heads, kv_heads = self.axis_map(HEADS, layer), self.axis_map(KV_HEADS, layer)
+        if not isinstance(heads, Gather) or not isinstance(kv_heads, Gather):
+            return
+        before, after = heads.size // kv_heads.size, len(heads) // len(kv_heads)
+        for target, source in enumerate(heads.index):
+            if source // before != kv_heads.index[target // after]:
+                yield (
+                    f"layer {layer}: query head {target} comes from head {source} of kv group {source // before}, "
+                    f"but its kv head comes from group {kv_heads.index[target // after]}"
+                )
+                return
+
+    def axis_map(self, axis: str, layer: int | None = None, parameter: str = "") -> AxisMap | None:
+        """The map that holds for an axis in a target layer and parameter; None if its indices stay."""
+        for key in (f"{axis}@{parameter}", f"{axis}@{layer}", axis):
+            if key in self.maps:
+                return self.maps[key]
+        return None
+
+    def is_fresh(self, pattern: str) -> bool:
+        """Whether the model class initialises this parameter."""
+        return pattern in self.fresh or "*" in self.fresh
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every index is known; if not, `settle` reads the weights or the data and settles them."""
+        return all(isinstance(axis_map, Gather) for axis_map in self.maps.values())
+
+    def with_maps(self, maps: Mapping[str, AxisMap], **changes: Any) -> Plan:
+        """This plan with other maps."""
+        return replace(self, maps=dict(maps), **changes)
+
+    def apply(self, source: Any = None, **options: Any) -> Any:
+        """The model that this plan describes.
+
+        Args:
+            source: A Hub id, a folder or a live model; the source the plan was made for if None.
+            options: `calibration`, `dtype`, `device`, `token`, `cache_dir` and `local_files_only`, as in
+                `AutoSubclone.from_pretrained`.
+
+        Raises:
+            PlanError: the source is not the one that the plan was made for.
+            CheckpointError: the source cannot be read.
+        """
+        from hf_ws.auto import apply_plan
+
+        return apply_plan(self, source, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as one JSON file. Raises OutputError if the file cannot be written."""
+        values = asdict(self) | {
+            "format": FORMAT,
+            "maps": {key: {"kind": type(m).__name__, **asdict(m)} for key, m in self.maps.items()},
+        }
+        try:
+            Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"the plan cannot be written to {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote. Raises PlanError if the file is missing, of another format or inconsistent."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT:
+                raise PlanError(f"{path} is a plan of another format than {FORMAT}; make it again")
+            kinds = {"Gather": Gather, "Rank": Rank}
+            values["maps"] = {key: kinds[m.pop("kind")](**_tuples(m)) for key, m in values["maps"].items()}
+            return cls(**_tuples(values))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"{path} is not a saved plan: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        commit = f" at {self.revision[:12]}" if self.revision else ""
+        args = ", ".join(f"{name}={value!r}" for name, value in self.method_args.items())
+        lines = [f"{self.method}({args}): {self.model_class} from {self.source}{commit}", ""]
+        lines += _table(["", "source", "target", "keeps"], list(self._rows()))
+        for key, axis_map in self.maps.items():
+            if "@" in key and not key.partition("@")[2].isdigit():
+                return "\n".join([*lines, "", f"each parameter has indices of its own, for example {key}: {axis_map}"])
+        return "\n".join(lines)
+
+    def _rows(self) -> Iterator[list[str]]:
+        shown = {axis for text in self.layouts.values() for dim in parse(text) for axis in dim.axes} | {LAYERS, HEADS}
+        for axis in AXES:
+            if axis in shown and axis in self.source_sizes:
+                yield [axis, f"{self.source_sizes[axis]:,}", f"{self.target_sizes[axis]:,}", self._keeps(axis)]
+        before, after = self.parameters
+        yield ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
+        widths = [_bytes_each(config.get("dtype")) for config in (self.source_config, self.target_config)]
+        yield ["bytes", *(f"{count * width:,}" for count, width in zip(self.parameters, widths, strict=True)), ""]
+
+    def _keeps(self, axis: str) -> str:
+        if self.is_fresh("*"):
+            return "nothing: every weight is new"
+        if axis == LAYERS:
+            return str(Gather(self.layers, self.source_sizes[LAYERS]))
+        scoped = [m for key, m in self.maps.items() if key.startswith(f"{axis}@") and key.partition("@")[2].isdigit()]
+        if scoped:
+            same = len(set(scoped)) == 1
+            return f"{scoped[0]}" if same else f"by layer; in the first, {scoped[0]}"
+        return str(self.axis_map(axis) or "all")
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples: the sequence fields become what they were."""
+    names = ("index", "layers", "fresh", "parameters")
+    return {name: tuple(value) if name in names else value for name, value in values.items()}
+
+
+def _bytes_each(dtype: Any) -> int:
+    return {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(dtype).removeprefix("torch."), 4)
+
+
+def _ordinal(number: int) -> str:
+    return {1: "", 2: "second", 3: "third"}.get(number, f"{number}th")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    def line(row: list[str]) -> str:
+        first, *numbers, last = [cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join([first, *numbers, last]).rstrip()
+    return [line(head), line(["-" * w for w in widths]), *map(line, rows)]

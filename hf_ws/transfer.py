@@ -1,0 +1,187 @@
+"""Carry out a plan: settle what it leaves open, then make the target tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_ws.axes import HEADS, KV_HEADS, parse
+from hf_ws.errors import PlanError
+from hf_ws.evidence import Evidence
+from hf_ws.layouts import Certificate, certify, generic, select
+from hf_ws.layouts.infer import build_on_meta
+from hf_ws.plan import AxisMap, Gather, Plan, Rank
+from hf_ws.scores import SCORES
+from hf_ws.store import Source
+
+logger = logging.getLogger(__name__)
+
+
+def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan:
+    """The plan with every `Rank` turned into the indices that score highest on this source.
+
+    Ties go to the lower index, so two runs keep the same neurons. Indices stay in ascending order, which changes
+    nothing in the function and keeps equal sizes bit-identical.
+
+    Raises:
+        CalibrationError: a score needs calibration data and there is none.
+    """
+    certificate = _certificate(plan, source)
+    maps: dict[str, AxisMap] = dict(plan.maps)
+    scores: dict[tuple[str, int | None, str], Tensor] = {}
+
+    def score(axis: str, layer: int | None, by: str) -> Tensor:
+        key = (axis, layer, by)
+        if key not in scores:
+            scores[key] = SCORES[by](source, certificate, evidence, axis, layer).double()
+        return scores[key]
+
+    order = sorted(maps, key=lambda key: key.partition("@")[0] == HEADS)  # kv groups first: their heads follow
+    for key in tqdm(order, desc="ranking", delay=2):
+        axis_map = maps[key]
+        if not isinstance(axis_map, Rank):
+            continue
+        axis, _, scope = key.partition("@")
+        layer = plan.layers[int(scope)] if scope else None
+        if axis == KV_HEADS:
+            of_heads = score(HEADS, layer, axis_map.score)
+            maps[key] = Gather(_top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep), axis_map.size)
+        elif axis == HEADS:
+            groups = maps.get(f"{KV_HEADS}@{scope}" if scope else KV_HEADS)
+            assert isinstance(groups, Gather), "a method ranks heads inside kv groups that it has mapped too"
+            maps[key] = _heads(score(HEADS, layer, axis_map.score), groups, axis_map)
+        else:
+            maps[key] = Gather(_top(score(axis, layer, axis_map.score), axis_map.keep), axis_map.size)
+    return plan.with_maps(maps, fingerprint=source.fingerprint)
+
+
+def _top(scores: Tensor, keep: int) -> tuple[int, ...]:
+    best = scores.argsort(descending=True, stable=True)[:keep]
+    return tuple(sorted(best.tolist()))
+
+
+def _heads(scores: Tensor, groups: Gather, rank: Rank) -> Gather:
+    """In each kept kv group, the heads that score highest."""
+    inside = scores.view(groups.size, -1)
+    keep, width = rank.keep // len(groups), inside.shape[1]
+    return Gather(tuple(g * width + i for g in groups.index for i in _top(inside[g], keep)), rank.size)
+
+
+def apply(
+    plan: Plan, source: Source, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The target: a stock model of the plan's class with the source's weights, in evaluation mode.
+
+    Tensors are read one at a time, so the memory needed is the target's own. A parameter the plan calls fresh is
+    initialised by the model class, from the plan's seed.
+
+    Args:
+        plan: A settled plan.
+        source: What the plan was made for; only read.
+        dtype: Of the target's floating-point tensors; the source's own if None.
+        device: Where the target's tensors go; the CPU if None.
+
+    Raises:
+        PlanError: the plan is not settled, or was made for another source.
+    """
+    if not plan.is_settled:
+        raise PlanError("this plan leaves indices open; settle it first")
+    if plan.fingerprint not in (None, source.fingerprint):
+        raise PlanError(
+            f"this plan was made for {plan.source} with fingerprint {plan.fingerprint}, but {source.name} has "
+            f"{source.fingerprint}; make the plan again"
+        )
+    config = config_from(plan.target_config)
+    if dtype is None and (own := _dtype(source)) is not None:
+        dtype = own
+    config.dtype = dtype
+    model = build_on_meta(source.model_class, config)
+    tensors = _tensors(plan, source, model, dtype, device)
+    _fill(model, tensors, plan.seed, dtype or torch.get_default_dtype(), device or "cpu")
+    _generation(model, source)
+    return model.eval()
+
+
+def config_from(values: Any) -> PreTrainedConfig:
+    """A config from what `to_dict` gave."""
+    return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+
+
+def _certificate(plan: Plan, source: Source) -> Certificate:
+    certificate = certify(source.model_class, source.config)
+    if source.model_class.__name__ != plan.model_class or dict(certificate.layouts) != dict(plan.layouts):
+        raise PlanError(
+            f"this plan was made for a {plan.model_class} whose parameters lie otherwise than in {source.name} "
+            f"({source.model_class.__name__}) under this version of Transformers; make the plan again"
+        )
+    return certificate
+
+
+def _dtype(source: Source) -> torch.dtype | None:
+    return next((info.dtype for info in source.tensors.values() if info.dtype.is_floating_point), None)
+
+
+def _tensors(
+    plan: Plan, source: Source, model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """Every tensor of the target that the source has a part in."""
+    certificate = _certificate(plan, source)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in tqdm(list(model.named_parameters()), desc="transferring", unit="tensor", delay=2):
+        pattern, layer = generic(name, certificate.stacks)
+        if plan.is_fresh(pattern):
+            continue
+        text = plan.layouts[pattern]
+        maps = {}
+        for axis in {axis for dim in parse(text) for axis in dim.axes}:
+            axis_map = plan.axis_map(axis, layer, name)
+            if isinstance(axis_map, Gather):
+                maps[axis] = axis_map.as_array
+        weight = source.tensor(name if layer is None else pattern.replace("*", str(plan.layers[layer]), 1))
+        made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
+        if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
+            made = made.float() * gain
+        made = made.to(device=device or "cpu", dtype=dtype or weight.dtype, copy=made is weight or made._is_view())
+        assert made.shape == parameter.shape, f"{name}: made {tuple(made.shape)}, wanted {tuple(parameter.shape)}"
+        tensors[name] = made.contiguous()
+    return tensors
+
+
+def _fill(
+    model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Give a model on the meta device its tensors, and let its class initialise the rest."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device)))
+            else:
+                parameter._is_hf_initialized = True  # Transformers' mark for what its initialisation must leave
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()
+    model.tie_weights()
+    for parameter in model.parameters():
+        vars(parameter).pop("_is_hf_initialized", None)
+
+
+def _generation(model: PreTrainedModel, source: Source) -> None:
+    """The source's generation settings, where the class generates and the source has some."""
+    if not model.can_generate():
+        return
+    if source.files is None:
+        model.generation_config = GenerationConfig.from_dict(source.model().generation_config.to_dict())
+    elif (source.files / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.files)
