@@ -124,9 +124,8 @@ class Source:
             raise CheckpointError(
                 f"{self.name} cannot be loaded as {self.model_class.__name__}: {error}"
             ) from error
-        model.config.name_or_path = (
-            self.config.name_or_path
-        )  # a cache folder must not end up in what is saved
+        # Not the cache folder that was loaded: the name goes into what is saved.
+        model.name_or_path = model.config.name_or_path = self.config.name_or_path
         unused = [] if self._may_drop else out_of_place(model, info["unexpected_keys"])
         _refuse_mismatch(
             self.name,
