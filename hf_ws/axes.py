@@ -107,7 +107,7 @@ def _atom(text: str, tokens: list[tuple[str, int]], at: int) -> tuple[Expression
 def _sum(text: str, tokens: list[tuple[str, int]], at: int) -> tuple[Expression, int]:
     parts: list[list[Expression]] = [[]]
     while at < len(tokens) and tokens[at][0] != ")":
-        if tokens[at][0] == "+":
+        if tokens[at][0] == "+" and parts[-1]:
             parts.append([])
             at += 1
         factor, at = _atom(text, tokens, at)
@@ -235,20 +235,20 @@ def positions(
     Returns:
         Integers [target length].
     """
-    if isinstance(dim.expression, str):
-        return _mapped(dim.expression, np.arange(target[dim.expression]), maps)
     wanted, present = coordinates(dim, target), coordinates(dim, source)
     key_wanted = np.zeros(len(wanted[""]), dtype=np.int64)
     key_present = np.zeros(len(present[""]), dtype=np.int64)
+    there = np.ones(len(key_wanted), dtype=bool)
     radix = 1
     for name, values in present.items():
-        base = int(values.max()) + 2
+        asked, base = _mapped(name, wanted[name], maps), int(values.max()) + 2
+        there &= asked < base - 1  # an index beyond the source's would carry into the next digit
         key_present += (values + 1) * radix
-        key_wanted += (_mapped(name, wanted[name], maps) + 1) * radix
+        key_wanted += (asked + 1) * radix
         radix *= base
     table = np.full(radix, -1, dtype=np.int64)
     table[key_present] = np.arange(len(key_present))
-    found = table[key_wanted]
+    found = np.where(there, table[np.where(there, key_wanted, 0)], -1)
     if (found < 0).any():
         raise ValueError(f"{spell((dim,))}: the maps ask for positions that the source does not have")
     return found
