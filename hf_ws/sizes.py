@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -70,11 +71,13 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
 """Sizes that a family computes from other fields although it may have a field of that name."""
 
 
+FOLLOWERS = {("codegen", "n_ctx"): "n_positions", ("falcon", "num_kv_heads"): "num_attention_heads"}
+"""Fields that repeat another, by family, where they are no axis of their own."""
+
+
 def field_of(config: Config, axis: str) -> str | None:
     """The config's own name for an axis, None if it has none of its own (its size then follows others)."""
-    if axis in DERIVED.get(config.model_type, {}) and not (
-        config.model_type == "falcon" and config.new_decoder_architecture
-    ):
+    if axis in DERIVED.get(config.model_type, {}) and not getattr(config, "new_decoder_architecture", False):
         return None
     if axis == LABELS:
         return "num_labels"  # a property: what is stored is a dictionary of their names
@@ -126,8 +129,9 @@ def resize(config: Config, sizes: Mapping[str, int], kept: Sequence[int] | None 
         del values["id2label"], values["label2id"]
     else:
         values.pop("num_labels", None)
-    if "n_ctx" in values and POSITIONS in sizes:
-        values["n_ctx"] = sizes[POSITIONS]
+    for (model_type, name), leader in FOLLOWERS.items():
+        if config.model_type == model_type and name not in map(partial(field_of, config), AXES):
+            values[name] = values[leader]
     return type(config).from_dict(values | fields)
 
 

@@ -6,7 +6,7 @@ Two symmetries settle it, on the miniature, with every parameter perturbed, in f
 tensor. The output must not move; for the vocabulary it must move along. A factor in the wrong order, a parameter
 left out, a q taken for a k, each breaks this.
 
-*Duplication.* Copy every channel, neuron and head once, and halve what reads them. The output must not move. This
+*Duplication.* Copy every channel, neuron and head once, and share what reads them. The output must not move. This
 proves which side of each tensor reads, on which gains and growth depend.
 
 The order inside a head is not claimed (rotary pairs are no symmetry), nor is that of positions.
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, LABELS, MOE_FFN, VOCAB, parse
+from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, LABELS, MOE_FFN, VOCAB, coordinates, parse
 from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts import irregular
 from hf_ws.layouts.infer import Inferred, build_on_meta, generic, infer
@@ -59,6 +60,10 @@ class Certificate:
     head_norm: tuple[str, ...] = ()
     """Gain and bias of the norm whose output the head reads; empty if there is none, or its gain is not a factor."""
 
+    def pattern(self, name: str) -> str:
+        """A parameter's name as `layouts` spells it."""
+        return generic(name, self.stacks)[0]
+
 
 _CERTIFICATES: dict[str, Certificate] = {}
 
@@ -87,10 +92,8 @@ def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Certificate
         output = _run(model, tokens)
         errors = {}
         for axis, maps in _permutations(sizes, axes):
-            moved = _transferred(state, inferred, sizes, sizes, maps)
-            model.load_state_dict(moved, strict=False)
-            errors[axis] = _distance(_run(model, tokens, maps), _follow(output, maps))
-        errors["reads"] = _duplication_error(model_class, inferred, axes, state, tokens, output)
+            errors[axis] = _moved_by(partial(_permuted, model, state, inferred, tokens, output, maps))
+        errors["reads"] = _moved_by(partial(_duplicated, model_class, inferred, axes, state, tokens, output))
     failed = [f"{axis} (moved the output by {error:.1e})" for axis, error in errors.items() if not error <= TOLERANCE]
     if failed:
         raise UnsupportedArchitectureError(
@@ -150,7 +153,29 @@ def _permutations(sizes: Mapping[str, int], axes: set[str]) -> Iterator[tuple[st
     yield HEADS, {KV_HEADS: groups, HEADS: (groups[:, None] * inside.shape[1] + inside).ravel()}
 
 
-def _duplication_error(
+def _moved_by(proof: Callable[[], float]) -> float:
+    """What a proof finds; infinity where the layout does not even give tensors of the right shape."""
+    try:
+        return proof()
+    except (RuntimeError, ValueError, IndexError):
+        return float("inf")
+
+
+def _permuted(
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    inferred: Inferred,
+    tokens: Tensor,
+    output: Tensor,
+    maps: Mapping[str, np.ndarray],
+) -> float:
+    """How far the output moves when these axes are permuted."""
+    sizes = sizes_of(inferred.miniature)
+    model.load_state_dict(_transferred(state, inferred, sizes, sizes, maps), strict=False)
+    return _distance(_run(model, tokens, maps), _follow(output, maps))
+
+
+def _duplicated(
     model_class: type[PreTrainedModel],
     inferred: Inferred,
     axes: set[str],
@@ -158,7 +183,10 @@ def _duplication_error(
     tokens: Tensor,
     output: Tensor,
 ) -> float:
-    """How far the output moves when every channel, neuron and head is there twice and read at half strength."""
+    """How far the output moves when every channel, neuron and head is there twice, its reading shared one to two.
+
+    Uneven shares tell the sides apart: weighting the copies on the side that writes would change each of them.
+    """
     config = inferred.miniature
     sizes = sizes_of(config)
     twice = [axis for axis in (HIDDEN, FFN, MOE_FFN, EMBEDDING, HEADS, KV_HEADS) if axis in sizes]
@@ -167,7 +195,15 @@ def _duplication_error(
     maps = {axis: np.arange(target[axis]) % sizes[axis] for axis in twice if axis in axes or axis == HIDDEN}
     model = _build(model_class, target_config)
     _same_constants(_build(model_class, config), model)
-    model.load_state_dict(_transferred(state, inferred, sizes, target, maps), strict=False)
+    doubled = _transferred(state, inferred, sizes, target, maps)
+    for name, tensor in doubled.items():
+        for at, dim in enumerate(parse(inferred.layouts[generic(name, inferred.stacks)[0]])):
+            if axis := next((axis for axis in dim.axes if dim.reads and axis in maps), None):
+                second = torch.from_numpy(coordinates(dim, target)[axis]) >= sizes[axis]
+                share = torch.where(second, 4 / 3, 2 / 3)  # `select` halved both
+                tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
+        doubled[name] = tensor
+    model.load_state_dict(doubled, strict=False)
     return _distance(_run(model, tokens), output)
 
 
