@@ -217,12 +217,12 @@ def read_request(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """What was asked for, as sizes by axis and other fields in the class's own spelling. Raises as `derive_config`."""
     sizes, rest = dict(asked), {}
-    spelled = {name: axis for axis, names in FIELDS.items() for name in names}
+    spelled = {name: axis for axis, names in FIELDS.items() for name in (*names, axis)}
     known = set(config.to_dict()) | set(config.attribute_map) | {"num_labels"}
     for name, value in fields.items():
         axis = spelled.get(name)
         if axis is not None and (name in known or axis in sizes_of(config)):
-            if sizes.setdefault(axis, value) != value:
+            if value is not None and sizes.setdefault(axis, value) != value:
                 raise PlanError(f"{axis} is given twice: {axis}={sizes[axis]} and {name}={value}")
         elif name in known:
             rest[config.attribute_map.get(name, name)] = value

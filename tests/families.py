@@ -89,4 +89,9 @@ def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
 def logits(made: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Logits in float64 arithmetic wherever the class allows."""
     ids = tokens() if ids is None else ids
-    return made.double()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    made.config._experts_implementation = "eager"  # the grouped product has no float64
+    return made.double()(input_ids=ids, attention_mask=torch.ones_like(ids), **_no_cache(made)).logits
+
+
+def _no_cache(made: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if made.can_generate() else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,7 +140,6 @@ class Request:
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    values = config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):
-        values.pop(name, None)
-    return values
+    """What a config says, as JSON gives it back: a plan that was saved equals the one that was not."""
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    return {name: value for name, value in values.items() if name not in ("transformers_version", "_name_or_path")}
