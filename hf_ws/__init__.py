@@ -1,9 +1,9 @@
 """Start a transformer of one size from the pretrained weights of another.
 
-    from hf_ws import AutoSubclone
+from hf_ws import AutoSubclone
 
-    model = AutoSubclone.from_pretrained("gpt2-large", hidden=512)
-    model.save_pretrained("student")
+model = AutoSubclone.from_pretrained("gpt2-large", hidden=512)
+model.save_pretrained("student")
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`AutoSubclone`: a checkpoint of one size in, a stock model of another size out.
 
-    from hf_ws import AutoSubclone
+from hf_ws import AutoSubclone
 
-    model = AutoSubclone.from_pretrained("gpt2-large", hidden=512)
-    plan = AutoSubclone.plan("gpt2-large", hidden=512, layers=12)      # reads config.json only
-    print(plan)
+model = AutoSubclone.from_pretrained("gpt2-large", hidden=512)
+plan = AutoSubclone.plan("gpt2-large", hidden=512, layers=12)      # reads config.json only
+print(plan)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,14 +36,16 @@ from hf_ws.transfer import apply, settle
 
 logger = logging.getLogger(__name__)
 
-SourceLike = str | Path | PreTrainedModel
+SourceLike: TypeAlias = str | Path | PreTrainedModel
 
 
 class AutoSubclone:
     """Start a model of one size from the pretrained weights of another; not to be instantiated."""
 
     def __init__(self) -> None:
-        raise TypeError("AutoSubclone is not instantiated; call AutoSubclone.from_pretrained(source, hidden=...)")
+        raise TypeError(
+            "AutoSubclone is not instantiated; call AutoSubclone.from_pretrained(source, hidden=...)"
+        )
 
     @classmethod
     def from_pretrained(
@@ -113,7 +115,9 @@ class AutoSubclone:
         """
         ask = _Ask.of(locals())
         with store.open_source(source, model_class=model_class, **ask.where) as opened:
-            plan = _settled(_planned(opened.config, opened.model_class, opened.name, opened.revision, ask), opened, ask)
+            plan = _settled(
+                _planned(opened.config, opened.model_class, opened.name, opened.revision, ask), opened, ask
+            )
             model = apply(plan, opened, dtype=_dtype(dtype), device=device)
         model.hf_ws_plan = plan  # how it was made, for whoever saves or distils it; no part of the checkpoint
         return model
@@ -242,7 +246,7 @@ def _planned(
     grows = bool(getattr(method, "grows", False))
     policy = ask.layer_policy or getattr(method, "layer_policy", "first")
     kept = _kept(policy, depth, sizes.pop(LAYERS, None), grows)
-    target = derive_config(config, kept=kept, **sizes, **fields)  # type: ignore[arg-type]
+    target = derive_config(config, kept=kept, **sizes, **fields)
     target.architectures = [model_class.__name__]
     certificate = certify_class(model_class, config)
     if not grows:
@@ -308,7 +312,9 @@ def _named(value: Any, table: Mapping[str, Any], kind: str) -> Any:
     if value not in table:
         near = difflib.get_close_matches(str(value), table, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"{kind} {value!r} is unknown; known are {', '.join(table)}, or pass a callable{hint}")
+        raise PlanError(
+            f"{kind} {value!r} is unknown; known are {', '.join(table)}, or pass a callable{hint}"
+        )
     return table[value]
 
 
@@ -324,15 +330,21 @@ def _kept(policy: Any, depth: int, asked: int | None, grows: bool) -> tuple[int,
         keep = depth if asked is None else asked
         if keep > depth:
             if not grows:
-                raise SizeError(f"layers={keep} is more than the source's {depth}, and this method cannot grow")
+                raise SizeError(
+                    f"layers={keep} is more than the source's {depth}, and this method cannot grow"
+                )
             return (*range(depth), *[depth - 1] * (keep - depth))
         kept = tuple(_named(policy, POLICIES, "layer_policy")(depth, keep))
         if len(kept) != keep:
-            raise PlanError(f"layer_policy {policy!r} kept {len(kept)} layers, {keep} were asked for: {list(kept)}")
+            raise PlanError(
+                f"layer_policy {policy!r} kept {len(kept)} layers, {keep} were asked for: {list(kept)}"
+            )
     if not kept or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth for i in kept):
         raise SizeError(f"layers {list(kept)}: allowed are 0 to {depth - 1}, at least one of them")
     if not grows and list(kept) != sorted(set(kept)):
-        raise SizeError(f"layers {list(kept)} are not in ascending order, or repeat; this method only drops layers")
+        raise SizeError(
+            f"layers {list(kept)} are not in ascending order, or repeat; this method only drops layers"
+        )
     return kept
 
 
@@ -341,7 +353,11 @@ def _refuse_growth(
 ) -> None:
     before, after = sizes_of(config), sizes_of(target)
     axes = {*certificate.axes, HEADS, KV_HEADS, HEAD_DIM} - {LABELS}
-    grown = [f"{axis} from {before[axis]} to {after[axis]}" for axis in AXES if axis in axes and after[axis] > before[axis]]
+    grown = [
+        f"{axis} from {before[axis]} to {after[axis]}"
+        for axis in AXES
+        if axis in axes and after[axis] > before[axis]
+    ]
     if grown:
         raise SizeError(
             f"{method} cannot grow {', '.join(grown)}; ask for at most the source's size, or for a method that grows"
@@ -357,5 +373,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return None if dtype == "auto" else dtype  # type: ignore[return-value]
     found = getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PlanError(f"dtype={dtype!r} is unknown; allowed are float32, bfloat16, float16, float64 and auto")
+        raise PlanError(
+            f"dtype={dtype!r} is unknown; allowed are float32, bfloat16, float16, float64 and auto"
+        )
     return found

@@ -190,7 +190,9 @@ def _expand_axis(axis: str, rows: dict[str, np.ndarray], sizes: Mapping[str, int
         blocks, outer = sizes[KV_HEADS], rows[KV_HEADS]
     inner, rest = divmod(sizes[axis], blocks)
     if rest:
-        raise ValueError(f"{axis}={sizes[axis]} is stored in {blocks} equal blocks, and is no multiple of {blocks}")
+        raise ValueError(
+            f"{axis}={sizes[axis]} is stored in {blocks} equal blocks, and is no multiple of {blocks}"
+        )
     grown = _repeat(rows, axis, inner)
     if blocks > 1:
         grown[axis] = grown[axis] + np.repeat(outer, inner) * inner

@@ -70,7 +70,9 @@ def _inputs(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[di
     if hasattr(data, "column_names"):
         columns = data.column_names
         if "input_ids" not in columns and "text" not in columns:
-            raise CalibrationError(f"the calibration dataset has columns {columns}; it needs text or input_ids")
+            raise CalibrationError(
+                f"the calibration dataset has columns {columns}; it needs text or input_ids"
+            )
         data = list(data["input_ids"]) if "input_ids" in columns else list(data["text"])
     if isinstance(data, str):
         data = [data]
@@ -98,13 +100,17 @@ def _inputs(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[di
         count += 1
         yield dict(inputs)
     if not count:
-        raise CalibrationError("the calibration data is empty; give at least one sequence, better a few dozen")
+        raise CalibrationError(
+            "the calibration data is empty; give at least one sequence, better a few dozen"
+        )
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """Token ids [sequences, BLOCK], the texts end to end; one shorter row if there is less."""
     if tokenizer is None:
-        raise CalibrationError("calibration texts need a tokenizer, and the source has none; pass token ids instead")
+        raise CalibrationError(
+            "calibration texts need a tokenizer, and the source has none; pass token ids instead"
+        )
     ids = torch.tensor([i for row in tokenizer(texts, verbose=False)["input_ids"] for i in row])
     if not len(ids):
         raise CalibrationError("the calibration texts hold no tokens; give at least one sentence")
@@ -177,6 +183,10 @@ def by_axis(values: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Te
         return values
     place = torch.from_numpy(coordinates(dim, sizes)[axis])
     present = place >= 0
-    total = torch.zeros(sizes[axis], dtype=torch.float64).index_add_(0, place[present], values[present].double())
-    counts = torch.zeros(sizes[axis], dtype=torch.float64).index_add_(0, place[present], torch.ones(int(present.sum()), dtype=torch.float64))
+    total = torch.zeros(sizes[axis], dtype=torch.float64).index_add_(
+        0, place[present], values[present].double()
+    )
+    counts = torch.zeros(sizes[axis], dtype=torch.float64).index_add_(
+        0, place[present], torch.ones(int(present.sum()), dtype=torch.float64)
+    )
     return total / counts.clamp(min=1)

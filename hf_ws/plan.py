@@ -111,7 +111,9 @@ class Plan:
     def __post_init__(self) -> None:
         problems = list(self._problems())
         if problems:
-            raise PlanError(f"this {self.method} plan for {self.source} is inconsistent: {'; '.join(problems)}")
+            raise PlanError(
+                f"this {self.method} plan for {self.source} is inconsistent: {'; '.join(problems)}"
+            )
 
     def _problems(self) -> Iterator[str]:
         depth = self.source_sizes[LAYERS]
@@ -142,7 +144,13 @@ class Plan:
 
     def _unmapped(self) -> Iterator[str]:
         mapped = {key.partition("@")[0] for key in self.maps}
-        for axis in {a for name in self.layouts if not self.is_fresh(name) for d in parse(self.layouts[name]) for a in d.axes}:
+        for axis in {
+            a
+            for name in self.layouts
+            if not self.is_fresh(name)
+            for d in parse(self.layouts[name])
+            for a in d.axes
+        }:
             if axis not in mapped and self.source_sizes[axis] != self.target_sizes[axis]:
                 yield f"{axis} changes from {self.source_sizes[axis]} to {self.target_sizes[axis]}, and no map says how"
 
@@ -229,25 +237,43 @@ class Plan:
         lines += _table(["", "source", "target", "keeps"], list(self._rows()))
         for key, axis_map in self.maps.items():
             if "@" in key and not key.partition("@")[2].isdigit():
-                return "\n".join([*lines, "", f"each parameter has indices of its own, for example {key}: {axis_map}"])
+                return "\n".join(
+                    [*lines, "", f"each parameter has indices of its own, for example {key}: {axis_map}"]
+                )
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[list[str]]:
-        shown = {axis for text in self.layouts.values() for dim in parse(text) for axis in dim.axes} | {LAYERS, HEADS}
+        shown = {axis for text in self.layouts.values() for dim in parse(text) for axis in dim.axes} | {
+            LAYERS,
+            HEADS,
+        }
         for axis in AXES:
             if axis in shown and axis in self.source_sizes:
-                yield [axis, f"{self.source_sizes[axis]:,}", f"{self.target_sizes[axis]:,}", self._keeps(axis)]
+                yield [
+                    axis,
+                    f"{self.source_sizes[axis]:,}",
+                    f"{self.target_sizes[axis]:,}",
+                    self._keeps(axis),
+                ]
         before, after = self.parameters
         yield ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
         widths = [_bytes_each(config.get("dtype")) for config in (self.source_config, self.target_config)]
-        yield ["bytes", *(f"{count * width:,}" for count, width in zip(self.parameters, widths, strict=True)), ""]
+        yield [
+            "bytes",
+            *(f"{count * width:,}" for count, width in zip(self.parameters, widths, strict=True)),
+            "",
+        ]
 
     def _keeps(self, axis: str) -> str:
         if self.is_fresh("*"):
             return "nothing: every weight is new"
         if axis == LAYERS:
             return str(Gather(self.layers, self.source_sizes[LAYERS]))
-        scoped = [m for key, m in self.maps.items() if key.startswith(f"{axis}@") and key.partition("@")[2].isdigit()]
+        scoped = [
+            m
+            for key, m in self.maps.items()
+            if key.startswith(f"{axis}@") and key.partition("@")[2].isdigit()
+        ]
         if scoped:
             same = len(set(scoped)) == 1
             return f"{scoped[0]}" if same else f"by layer; in the first, {scoped[0]}"
@@ -270,7 +296,12 @@ def _ordinal(number: int) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
     def line(row: list[str]) -> str:
-        first, *numbers, last = [cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        first, *numbers, last = [
+            cell.ljust(w) if i in (0, 3) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join([first, *numbers, last]).rstrip()
+
     return [line(head), line(["-" * w for w in widths]), *map(line, rows)]

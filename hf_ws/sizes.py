@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig as Config
 
 from hf_ws.axes import (
     AXES,
@@ -53,8 +53,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     LABELS: ("num_labels",),
 }
 """How config classes spell each axis; the first name that a config has is the one it uses."""
-
-Config = PreTrainedConfig
 
 
 def _falcon_kv_heads(config: Config) -> int:
@@ -98,17 +96,24 @@ def sizes_of(config: Config) -> dict[str, int]:
     missing = [axis for axis in (HIDDEN, LAYERS, HEADS) if not isinstance(found[axis], int)]
     if missing:
         names = "; ".join(f"{axis}: {', '.join(FIELDS[axis])}" for axis in missing)
-        raise SizeError(f"{type(config).__name__} spells no {' and no '.join(missing)} that is known here ({names})")
+        raise SizeError(
+            f"{type(config).__name__} spells no {' and no '.join(missing)} that is known here ({names})"
+        )
     hidden, heads = found[HIDDEN], found[HEADS]
-    assert hidden is not None and heads is not None
+    assert hidden is not None
+    assert heads is not None
     found[HEAD_DIM] = found[HEAD_DIM] or hidden // heads
     found[KV_HEADS] = found[KV_HEADS] or heads
     if found[FFN] is None and field_of(config, FFN):
-        found[FFN] = 4 * hidden  # what every family whose field may be empty does (GPT-2, GPT-Neo, GPT-J, CodeGen)
+        found[FFN] = (
+            4 * hidden
+        )  # what every family whose field may be empty does (GPT-2, GPT-Neo, GPT-J, CodeGen)
     return {axis: size for axis, size in found.items() if size is not None}
 
 
-def resize(config: Config, sizes: Mapping[str, int], kept: Sequence[int] | None = None, **fields: Any) -> Config:
+def resize(
+    config: Config, sizes: Mapping[str, int], kept: Sequence[int] | None = None, **fields: Any
+) -> Config:
     """A config like `config` with these sizes: no rule is applied, the class alone decides what is legal.
 
     Args:
@@ -123,8 +128,8 @@ def resize(config: Config, sizes: Mapping[str, int], kept: Sequence[int] | None 
     if kept is not None:
         _follow_layers(values, kept, sizes_of(config)[LAYERS])
     for axis, size in sizes.items():
-        if (name := field_of(config, axis)) is not None:
-            values[name] = size
+        if (own := field_of(config, axis)) is not None:
+            values[own] = size
     if sizes.get(LABELS, config.num_labels) != config.num_labels:
         del values["id2label"], values["label2id"]
     else:
@@ -140,7 +145,9 @@ def _follow_layers(values: dict[str, Any], kept: Sequence[int], layers: int) -> 
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers and ("layer" in name or "pattern" in name):
             values[name] = [value[i] for i in kept]
-    if "attention_types" in values:  # GPT-Neo writes its list run by run, and derives `attention_layers` from it
+    if (
+        "attention_types" in values
+    ):  # GPT-Neo writes its list run by run, and derives `attention_layers` from it
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
     if "mlp_only_layers" in values:  # Qwen MoE: which layers are dense, by index or by a step
         dense, step = set(values["mlp_only_layers"] or ()), values.get("decoder_sparse_step", 1)
@@ -199,13 +206,17 @@ def derive_config(
         VOCAB: vocab,
         EXPERTS: experts,
     }
-    asked, fields = read_request(config, {axis: size for axis, size in named.items() if size is not None}, config_fields)
+    asked, fields = read_request(
+        config, {axis: size for axis, size in named.items() if size is not None}, config_fields
+    )
     if kept is not None:
         if asked.setdefault(LAYERS, len(kept)) != len(kept):
             raise SizeError(f"layers={asked[LAYERS]}, but {len(kept)} layers are kept: {list(kept)}")
         outside = [i for i in kept if not 0 <= i < sizes_of(config)[LAYERS]]
         if outside or not kept:
-            raise SizeError(f"kept layers {list(kept)}: allowed are 0 to {sizes_of(config)[LAYERS] - 1}, at least one")
+            raise SizeError(
+                f"kept layers {list(kept)}: allowed are 0 to {sizes_of(config)[LAYERS] - 1}, at least one"
+            )
     problems, derived = _attempt(config, asked, kept, fields)
     if derived is None:
         raise SizeError("; ".join(problems + list(_hints(config, asked, kept, fields))))
@@ -253,9 +264,10 @@ def _attempt(
     except Exception as error:  # a config class may raise anything; whatever it is, it refused these sizes
         return [f"{type(config).__name__} refuses these sizes: {_innermost(error)}"], None
     wrong = {axis: size for axis, size in sizes_of(derived).items() if size != target[axis]}
-    return [f"{axis} cannot be {target[axis]} here: it follows the other sizes and is {size}" for axis, size in wrong.items()], (
-        None if wrong else derived
-    )
+    return [
+        f"{axis} cannot be {target[axis]} here: it follows the other sizes and is {size}"
+        for axis, size in wrong.items()
+    ], (None if wrong else derived)
 
 
 def _innermost(error: BaseException) -> str:
@@ -340,8 +352,13 @@ def _hints(
         if isinstance(size, bool) or not isinstance(size, int) or axis == LAYERS:
             continue
         legal = []
-        for candidates in (range(min(size, 2**20) - 1, max(0, size - 513), -1), range(max(size, 0) + 1, size + 513)):
-            legal += [c for c in candidates if _attempt(config, {**asked, axis: c}, kept, fields)[1] is not None][:1]
+        for candidates in (
+            range(min(size, 2**20) - 1, max(0, size - 513), -1),
+            range(max(size, 0) + 1, size + 513),
+        ):
+            legal += [
+                c for c in candidates if _attempt(config, {**asked, axis: c}, kept, fields)[1] is not None
+            ][:1]
         if legal:
             yield f"nearest legal: {axis}={' or '.join(map(str, legal))}"
 

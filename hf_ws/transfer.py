@@ -42,7 +42,9 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
             scores[key] = SCORES[by](source, certificate, evidence, axis, layer).double()
         return scores[key]
 
-    order = sorted(maps, key=lambda key: key.partition("@")[0] == HEADS)  # kv groups first: their heads follow
+    order = sorted(
+        maps, key=lambda key: key.partition("@")[0] == HEADS
+    )  # kv groups first: their heads follow
     for key in tqdm(order, desc="ranking", delay=2):
         axis_map = maps[key]
         if not isinstance(axis_map, Rank):
@@ -128,7 +130,11 @@ def _dtype(source: Source) -> torch.dtype | None:
 
 
 def _tensors(
-    plan: Plan, source: Source, model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
+    plan: Plan,
+    source: Source,
+    model: PreTrainedModel,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Every tensor of the target that the source has a part in."""
     certificate = _certificate(plan, source)
@@ -147,14 +153,22 @@ def _tensors(
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
         if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
             made = made.float() * gain
-        made = made.to(device=device or "cpu", dtype=dtype or weight.dtype, copy=made is weight or made._is_view())
-        assert made.shape == parameter.shape, f"{name}: made {tuple(made.shape)}, wanted {tuple(parameter.shape)}"
+        made = made.to(
+            device=device or "cpu", dtype=dtype or weight.dtype, copy=made is weight or made._is_view()
+        )
+        assert made.shape == parameter.shape, (
+            f"{name}: made {tuple(made.shape)}, wanted {tuple(parameter.shape)}"
+        )
         tensors[name] = made.contiguous()
     return tensors
 
 
 def _fill(
-    model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype, device: torch.device | str
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> None:
     """Give a model on the meta device its tensors, and let its class initialise the rest."""
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -163,9 +177,13 @@ def _fill(
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device)))
+                setattr(
+                    module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+                )
             else:
-                parameter._is_hf_initialized = True  # Transformers' mark for what its initialisation must leave
+                parameter._is_hf_initialized = (
+                    True  # Transformers' mark for what its initialisation must leave
+                )
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)

@@ -13,11 +13,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-DECODERS = (
-    "gpt2 gpt_neo gptj gpt_neox opt bloom falcon mpt codegen llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi "
-    "phi3 olmo olmo2 stablelm starcoder2 cohere granite smollm3 mixtral qwen3_moe"
-).split()
-ENCODERS = "bert roberta distilbert electra".split()
+DECODERS = [
+    *("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "falcon", "mpt", "codegen"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
+    *("stablelm", "starcoder2", "cohere", "granite", "smollm3", "mixtral", "qwen3_moe"),
+]
+ENCODERS = ["bert", "roberta", "distilbert", "electra"]
 VARIANTS = {
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}),
     "falcon_1b": ("falcon", {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
@@ -39,10 +40,23 @@ _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"), 96),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
-    **{"num_key_value_heads": 4, "head_dim": 16, "vocab_size": VOCAB, "word_embed_proj_dim": 64},
-    **{"embedding_size": 24, "moe_intermediate_size": 48, "num_local_experts": 6, "num_experts": 6},
-    **{"num_experts_per_tok": 2, "rotary_dim": 4, "sliding_window": 8, "window_size": 8, "max_window_layers": 2},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "query_pre_attn_scalar": 16},
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "word_embed_proj_dim": 64,
+    "embedding_size": 24,
+    "moe_intermediate_size": 48,
+    "num_local_experts": 6,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "rotary_dim": 4,
+    "sliding_window": 8,
+    "window_size": 8,
+    "max_window_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "query_pre_attn_scalar": 16,
 }
 
 
@@ -54,7 +68,9 @@ def _defaults(model_type: str) -> dict:
 def config(family: str, **changes: object) -> PreTrainedConfig:
     """The tiny config of a family."""
     model_type, flags = VARIANTS.get(family, (family, {}))
-    values = {name: size for name, size in _SIZES.items() if _defaults(model_type).get(name, "absent") != "absent"}
+    values = {
+        name: size for name, size in _SIZES.items() if _defaults(model_type).get(name, "absent") != "absent"
+    }
     if model_type in ("phi", "stablelm", "gpt_neox"):
         values["hidden_size"] = 128  # a quarter or half of each head turns: heads of 16
     if model_type == "gpt_neo":

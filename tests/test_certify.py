@@ -27,7 +27,11 @@ MISTAKES = {
     "forgotten reader": ("llama", "mlp.down_proj.weight", "hidden ffn"),
     "reader on the wrong side": ("gpt2", "mlp.c_fc.weight", "hidden <ffn"),
     "an axis left out": ("llama", "input_layernorm.weight", "135"),
-    "q taken for a k": ("phi3", "qkv_proj.weight", "(kv_heads head_dim + heads head_dim + kv_heads head_dim) <hidden"),
+    "q taken for a k": (
+        "phi3",
+        "qkv_proj.weight",
+        "(kv_heads head_dim + heads head_dim + kv_heads head_dim) <hidden",
+    ),
     "interleaved taken for stacked": ("gpt_neox", "query_key_value.weight", "(3 heads head_dim) <hidden"),
     "stacked taken for interleaved": ("gpt2", "c_attn.weight", "<hidden (heads 3 head_dim)"),
     "groups taken for stacked": (
@@ -61,7 +65,9 @@ def test_a_class_with_an_unknown_part_is_refused_by_name() -> None:
             super().__init__(config)
             self.model.extra = nn.Parameter(torch.zeros(config.hidden_size, 23))
 
-    with pytest.raises(UnsupportedArchitectureError, match=r"Strange: no axis explains dimension 1 of model\.extra"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"Strange: no axis explains dimension 1 of model\.extra"
+    ):
         certify(Strange)
 
 

@@ -39,14 +39,18 @@ def test_equal_sizes_give_bit_identical_weights(family: str, method: str) -> Non
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_shrunk_model_is_stock(family: str, method: str, tmp_path: Path) -> None:
-    """Saved, it loads in Transformers with every key in place, ties kept, and generates alike with and without cache."""
+    """Saved, Transformers loads it with every key in place and ties kept; it generates alike with and without cache."""
     source = families.model(family)
     target = AutoSubclone.from_pretrained(source, method=method, **half(source))
     assert sizes_of(target.config)[HIDDEN] == sizes_of(source.config)[HIDDEN] // 2
-    assert sizes_of(target.config)[HEADS] * sizes_of(target.config)[HEAD_DIM] >= sizes_of(target.config)[HEADS]
+    assert (
+        sizes_of(target.config)[HEADS] * sizes_of(target.config)[HEAD_DIM] >= sizes_of(target.config)[HEADS]
+    )
     target.save_pretrained(tmp_path)
     again, info = type(source).from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert not any(
+        info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    )
     assert sizes_of(AutoConfig.from_pretrained(tmp_path)) == sizes_of(target.config)
     assert again.get_expanded_tied_weights_keys(all_submodels=True).keys() == (
         source.get_expanded_tied_weights_keys(all_submodels=True).keys()

@@ -27,7 +27,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, LABELS, MOE_FFN, VOCAB, coordinates, parse
+from hf_ws.axes import (
+    EMBEDDING,
+    EXPERTS,
+    FFN,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LABELS,
+    MOE_FFN,
+    VOCAB,
+    coordinates,
+    parse,
+)
 from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts import irregular
 from hf_ws.layouts.infer import Inferred, build_on_meta, generic, infer
@@ -94,7 +106,11 @@ def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Certificate
         for axis, maps in _permutations(sizes, axes):
             errors[axis] = _moved_by(partial(_permuted, model, state, inferred, tokens, output, maps))
         errors["reads"] = _moved_by(partial(_duplicated, model_class, inferred, axes, state, tokens, output))
-    failed = [f"{axis} (moved the output by {error:.1e})" for axis, error in errors.items() if not error <= TOLERANCE]
+    failed = [
+        f"{axis} (moved the output by {error:.1e})"
+        for axis, error in errors.items()
+        if not error <= TOLERANCE
+    ]
     if failed:
         raise UnsupportedArchitectureError(
             f"{model_class.__name__}: its layouts were inferred but not proven: {', '.join(failed)}. Nothing is "
@@ -128,14 +144,26 @@ def _head(model_class: type[PreTrainedModel], inferred: Inferred, tokens: Tensor
         hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))]
         for name, module in model.named_modules():
             if "norm" in type(module).__name__.lower():
-                hooks.append(module.register_forward_hook(lambda _, __, output, name=name: written.append((name, output))))
+                hooks.append(
+                    module.register_forward_hook(
+                        lambda _, __, output, name=name: written.append((name, output))
+                    )
+                )
         _run(model, tokens)
         for hook in hooks:
             hook.remove()
         names = [name for name, output in written if output.data_ptr() == read[0].data_ptr()]
         # A class that starts its gains at zero multiplies by one plus the gain (Gemma): no factor can move there.
-        plain = names and all(bool((p == 1).all()) for n, p in model.get_submodule(names[-1]).named_parameters() if n == "weight")
-        norm = [f"{names[-1]}.{n}" for n, _ in model.get_submodule(names[-1]).named_parameters()] if plain else []
+        plain = names and all(
+            bool((p == 1).all())
+            for n, p in model.get_submodule(names[-1]).named_parameters()
+            if n == "weight"
+        )
+        norm = (
+            [f"{names[-1]}.{n}" for n, _ in model.get_submodule(names[-1]).named_parameters()]
+            if plain
+            else []
+        )
         (matrix,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
         return {"head": matrix, "head_norm": tuple(norm)}
 
@@ -283,6 +311,8 @@ def _follow(output: Tensor, maps: Mapping[str, np.ndarray]) -> Tensor:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    if one.shape[-1] == 2 * other.shape[-1]:  # a class without a head returns the doubled residual stream itself
+    if (
+        one.shape[-1] == 2 * other.shape[-1]
+    ):  # a class without a head returns the doubled residual stream itself
         other = torch.cat([other, other], -1)
     return float((one - other).abs().max() / other.abs().max())

@@ -135,7 +135,9 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
 
 def _stacks(model: nn.Module, deeper: nn.Module) -> tuple[str, ...]:
     lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    grown = {name: len(module) for name, module in deeper.named_modules() if isinstance(module, nn.ModuleList)}
+    grown = {
+        name: len(module) for name, module in deeper.named_modules() if isinstance(module, nn.ModuleList)
+    }
     return tuple(name for name, count in lists.items() if grown.get(name) == count + 1)
 
 
@@ -151,7 +153,7 @@ def generic(name: str, stacks: tuple[str, ...]) -> tuple[str, int | None]:
 
 
 def _layout(name: str, parameter: torch.Tensor, model: PreTrainedModel, config: PreTrainedConfig) -> str:
-    module_name, _, leaf = name.rpartition(".")
+    module_name = name.rpartition(".")[0]
     module = model.get_submodule(module_name)
     reads = _reading_dim(module, parameter)
     row = irregular.row_for(config, module_name)
@@ -186,7 +188,9 @@ def _is_inner(module: nn.Module, name: str, reads: bool, output: bool) -> bool:
     if isinstance(module, nn.Linear | Conv1D):
         is_output = output or bool(_OUTPUT.search(leaf))
         return reads == is_output
-    return leaf.startswith(("q_", "k_", "query", "key"))  # a norm over all heads; other norms are on the stream
+    return leaf.startswith(
+        ("q_", "k_", "query", "key")
+    )  # a norm over all heads; other norms are on the stream
 
 
 def _expression(size: int, config: PreTrainedConfig, inner: bool) -> str | None:

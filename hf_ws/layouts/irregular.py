@@ -92,7 +92,13 @@ def row_for(config: PreTrainedConfig, module: str) -> Row | None:
 
 def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Fields that a miniature needs although they are no axis."""
-    limits = {"num_experts_per_tok": 2, "rotary_dim": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    limits = {
+        "num_experts_per_tok": 2,
+        "rotary_dim": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     fields: dict[str, Any] = {"tie_word_embeddings": False}  # apart, the table writes and the head reads
     for name, limit in limits.items():
         if isinstance(getattr(config, name, None), int):

@@ -72,7 +72,9 @@ class Request:
         """The classifier, where the user changed its labels: it says nothing about the new ones."""
         if self.before[LABELS] == self.after[LABELS]:
             return ()
-        return tuple(n for n, text in self.certificate.layouts.items() if any(LABELS in d.axes for d in parse(text)))
+        return tuple(
+            n for n, text in self.certificate.layouts.items() if any(LABELS in d.axes for d in parse(text))
+        )
 
     def check_heads(self) -> None:
         """Refuse more query heads to a key/value head than the source has: selection would split a group.
@@ -110,7 +112,11 @@ class Request:
         return gains
 
     def plan(
-        self, maps: Mapping[str, AxisMap], *, gains: Mapping[str, float] | None = None, fresh: tuple[str, ...] = ()
+        self,
+        maps: Mapping[str, AxisMap],
+        *,
+        gains: Mapping[str, float] | None = None,
+        fresh: tuple[str, ...] = (),
     ) -> Plan:
         """The plan with these maps."""
         return Plan(
@@ -142,4 +148,6 @@ class Request:
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """What a config says, as JSON gives it back: a plan that was saved equals the one that was not."""
     values = json.loads(json.dumps(config.to_dict(), default=str))
-    return {name: value for name, value in values.items() if name not in ("transformers_version", "_name_or_path")}
+    return {
+        name: value for name, value in values.items() if name not in ("transformers_version", "_name_or_path")
+    }

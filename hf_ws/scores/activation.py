@@ -30,7 +30,9 @@ def activation(
         CalibrationError: there is no evidence.
     """
     if evidence is None:
-        raise CalibrationError("scores by activation need calibration data; pass calibration=, or score='magnitude'")
+        raise CalibrationError(
+            "scores by activation need calibration data; pass calibration=, or score='magnitude'"
+        )
     seen = evidence.get((axis, layer))
     if seen is None:
         logger.info("%s of layer %s: no activation to be seen, ranked by weight magnitude", axis, layer)

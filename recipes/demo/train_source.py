@@ -50,7 +50,9 @@ def read(files: list[Path]) -> list[str]:
 def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: every text has an encoding, and decoding gives it back."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=vocab, min_frequency=2, special_tokens=[END], show_progress=False)
+    bpe.train_from_iterator(
+        texts, vocab_size=vocab, min_frequency=2, special_tokens=[END], show_progress=False
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
 
 
@@ -115,7 +117,9 @@ def train(model: LlamaForCausalLM, blocks: torch.Tensor, tokens: int, peak: floa
 
 def main() -> None:
     """Tokenizer, data, model, training, save; then the same model on a tenth of the tokens, to compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--tokens", type=int, default=24_000_000, help="training tokens")
     parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
@@ -128,7 +132,9 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts, vocab=2048)
     blocks, held_out = pack(train_texts, tokenizer), pack(held_out_texts, tokenizer)
     per_token = len("".join(held_out_texts).encode()) / sum(map(len, tokenizer(held_out_texts)["input_ids"]))
-    print(f"{blocks.numel():,} training tokens in {len(train_files)} files; {held_out.numel():,} held out, {per_token:.2f} bytes a token")
+    print(
+        f"{blocks.numel():,} training tokens in {len(train_files)} files; {held_out.numel():,} held out, {per_token:.2f} bytes a token"
+    )
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
