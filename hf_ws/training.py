@@ -1,0 +1,318 @@
+"""Train a causal language model on packed text, from a teacher too if there is one.
+
+    history = train(TrainConfig(model="student", output="run", train_files=["stdlib"], steps=1000))
+    history = train(TrainConfig(steps=200), model=live_model, train_blocks=blocks, eval_blocks=held_out)
+
+Transformers' `Trainer` does the work (precision, accumulation, schedule, processes, checkpoints, trackers).
+What is added here: the distillation loss, an order of batches that depends on the seed alone, checkpoints
+that are known to be whole, a stop when the loss is no longer finite, and the record (see `hf_ws.run_folder`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import ProgressCallback, Trainer, TrainingArguments, default_data_collator
+from transformers.trainer_callback import PrinterCallback
+
+from hf_ws import run_folder
+from hf_ws.data import Packed
+from hf_ws.distill import forward_kl
+from hf_ws.distill.teacher import load_causal_lm
+from hf_ws.errors import PlanError
+from hf_ws.store import new_folder
+from hf_ws.training_callbacks import Bar, Recorder
+from hf_ws.training_config import TrainConfig, config_from_flags, load_config_file
+from hf_ws.training_job import Job, prepare
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["History", "TrainConfig", "config_from_flags", "load_config_file", "train"]
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ when a run is continued: what they name is known by its fingerprint, or they change
+# what is recorded and not what is learned.
+_FREE = {"model", "teacher", "output", "save_model", "resume", "eval_files", "max_eval_blocks", "threads"}
+_FREE |= {"eval_every", "eval_at", "log_every", "save_every", "keep_checkpoints", "report_to", "progress"}
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run recorded: `rows` are the lines of `metrics.jsonl`, `model_folder` what was saved."""
+
+    rows: list[dict[str, Any]]
+    tokens_per_step: int
+    model_folder: Path | None = None
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Training tokens seen and held-out loss in nats per token, in order."""
+        return [(row["tokens"], row["eval_loss"]) for row in self.rows if row.get("eval_loss") is not None]
+
+    @property
+    def final_loss(self) -> float:
+        """The last held-out loss in nats per token; NaN if there was no evaluation."""
+        return self.evaluations[-1][1] if self.evaluations else math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training and evaluating."""
+        return float(self.rows[-1]["seconds"]) if self.rows else 0.0
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher: PreTrainedModel | str | Path | None = None,
+    train_blocks: Packed | datasets.Dataset | Tensor | None = None,
+    eval_blocks: Packed | datasets.Dataset | Tensor | None = None,
+) -> History:
+    """Train, and leave the record in `config.output` if that is given.
+
+    An object given here takes the place of what the settings name. The same seed gives the same batches in
+    the same order to every model trained on the same blocks, whatever the number of processes, as long as
+    processes x batch_size x grad_accum stays the same.
+
+    Args:
+        config: The settings.
+        model: A live model; it is trained in place, in float32, and left in eval mode.
+        tokenizer: Needed where text comes as text; saved beside the model.
+        teacher: A live model, folder or Hub id. Not loaded if `kd_weight` is 0.
+        train_blocks: Blocks that `pack` made, or token ids [blocks, tokens].
+        eval_blocks: Held-out blocks. With neither these nor text there is no evaluation.
+
+    Raises:
+        PlanError, CheckpointError, DataError, DistillationError, OutputError, ResumeError: Before any work.
+        DivergenceError: The loss is no longer finite; checkpoints written before are whole and stay.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    state = PartialState(cpu=_on_cpu())
+    if state.num_processes == 1 and _on_cpu() and "MASTER_ADDR" in os.environ:
+        logger.warning(
+            "one process runs: `accelerate launch --cpu` leaves several to mpirun; see recipes/accelerate"
+        )
+    folder = Path(config.output).expanduser() if config.output else None
+    if folder:
+        run_folder.check_run_folder(folder, config.resume)
+    job = prepare(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        train_blocks=train_blocks,
+        eval_blocks=eval_blocks,
+    )
+    return _train(job, folder)
+
+
+def _train(job: Job, folder: Path | None) -> History:
+    record = {
+        key: value for key, value in asdict(job.config).items() if key not in _FREE
+    } | job.fingerprints()
+    checkpoint: Path | None = None
+    damaged: list[Path] = []
+    if folder and (folder / run_folder.MARK).is_file():
+        run_folder.check_same_run(folder, record)
+        if (folder / run_folder.MODEL).is_dir():
+            return _already_done(folder, job)
+        checkpoint, damaged = run_folder.last_whole_checkpoint(folder)
+    state = PartialState()
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    rows: list[dict[str, Any]] = []
+    if folder and state.is_main_process:
+        rows = run_folder.begin(folder, record, checkpoint, damaged)
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_ws-")))
+        recorder = Recorder(job, folder, rows)
+        trainer = _trainer(job, place, recorder, resumed=checkpoint is not None)
+        _run(trainer, recorder, checkpoint)
+        saved = folder / run_folder.MODEL if folder and job.config.save_model else None
+        if saved:
+            _save(trainer, saved, job.tokenizer)
+    return History(recorder.rows, job.tokens_per_step, saved)
+
+
+class _Trainer(Trainer):
+    """Transformers' Trainer with a teacher's loss beside the model's own, and more in each log."""
+
+    def __init__(self, *, job: Job, **options: Any) -> None:
+        super().__init__(**options)
+        self.job = job
+        self.teacher = None if job.teacher is None else job.teacher.to(self.args.device)
+        self._parts: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """(1 - w) x the model's own loss + w x KL from the teacher; in evaluation, the former alone."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        own, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        kd = forward_kl(
+            outputs.logits,
+            taught,
+            pad(inputs["labels"][:, 1:], (0, 1), value=-100),  # position t predicts token t + 1
+            temperature=self.job.config.kd_temperature,
+            num_items_in_batch=items,
+        )
+        if items is not None and self.args.average_tokens_across_devices:
+            # `items` counts the tokens of all processes, whose gradients are then averaged and not summed.
+            kd = kd * self.accelerator.num_processes
+        loss = (1 - self.job.config.kd_weight) * own + self.job.config.kd_weight * kd
+        shares = 1 if items is not None else self.args.gradient_accumulation_steps
+        for name, part in (("ce_loss", own), ("kd_loss", kd)):
+            self._parts[name] = self._parts.get(name, 0) + part.detach() / shares
+        self._batches += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss since the last log, and perplexity and bits per byte to an evaluation."""
+        if "loss" in logs and self._batches:
+            steps = self._batches / self.args.gradient_accumulation_steps
+            for name, total in self._parts.items():
+                logs[name] = self.accelerator.reduce(total / steps, "mean").item()
+            self._parts, self._batches = {}, 0
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            if self.job.bytes_per_token:
+                logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) / self.job.bytes_per_token
+        super().log(logs, start_time)
+
+
+def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
+    trainer = _Trainer(
+        job=job,
+        model=job.model,
+        args=_arguments(job, place, resumed),
+        # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
+        # remainder batch nor an epoch's own shuffle can make two runs differ.
+        train_dataset=job.blocks.select(job.order()),
+        eval_dataset=job.held_out,
+        data_collator=default_data_collator,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if job.config.progress:
+        trainer.add_callback(Bar)
+    return trainer
+
+
+def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
+    config, steps, processes = job.config, job.steps, PartialState().num_processes
+    eval_every = max(1, steps // 10) if config.eval_every is None else config.eval_every
+    evaluates = job.held_out is not None and bool(eval_every or config.eval_at)
+    precision = _precision(config)
+    cosine = config.schedule == "cosine"
+    return TrainingArguments(
+        output_dir=str(place),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=min(config.batch_size, len(job.held_out or ()) // processes or 1),
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio} if cosine else {},
+        warmup_steps=steps // 50 if config.warmup_steps is None else config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=_on_cpu(),
+        seed=config.seed,
+        train_sampling_strategy="sequential",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=eval_every or steps,
+        eval_on_start=evaluates and not resumed,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or steps,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would log a NaN as 0.0
+        report_to=config.report_to or "none",
+        disable_tqdm=not config.progress,
+        dataloader_pin_memory=not _on_cpu(),
+        ddp_find_unused_parameters=False,
+        label_names=["labels"],
+    )
+
+
+def _precision(config: TrainConfig) -> str:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "fp32")
+    if config.precision == "auto":
+        has_bf16 = not _on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return "bf16" if launched == "fp32" and has_bf16 else launched
+    if launched not in ("fp32", config.precision):
+        raise PlanError(
+            f"precision={config.precision}, but the launcher was told {launched}; "
+            f"drop one, or launch with --mixed_precision {config.precision.replace('fp32', 'no')}"
+        )
+    return config.precision
+
+
+def _on_cpu() -> bool:
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return told or not torch.accelerator.is_available()
+
+
+def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None:
+    model = recorder.job.model
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Bar):
+                callback.close()
+        # The Trainer switches the cache off and leaves it so, which would be saved with the model.
+        model.config.use_cache = recorder.use_cache
+        model.eval()
+        if recorder.folder and trainer.is_world_process_zero():
+            run_folder.draw_losses(recorder.folder, recorder.rows)
+
+
+def _save(trainer: _Trainer, target: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the trained model, whole or not at all. Every process takes part: its shards may be spread."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        with new_folder(target) as staging:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _already_done(folder: Path, job: Job) -> History:
+    logger.warning("the run in %s is finished; nothing to do", folder)
+    trained = load_causal_lm(folder / run_folder.MODEL, torch.float32)
+    job.model.load_state_dict(trained.state_dict())
+    job.model.eval()
+    return History(run_folder.read_metrics(folder), job.tokens_per_step, folder / run_folder.MODEL)

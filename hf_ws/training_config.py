@@ -1,0 +1,252 @@
+"""The settings of a training run, from a YAML file, from flags, or in Python.
+
+    learning_rate: 1e-4        # a number, though YAML 1.1 reads it as text
+    train_files: [stdlib]
+
+A flag wins over the file, the file over the default. A key that does not exist is an error that names its
+line and the nearest key that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from hf_ws.errors import PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, how long and how. Checked when made; raises PlanError listing every fault.
+
+    The comment after a field is its help text on the command line.
+    """
+
+    # What is trained, and where the run is written.
+    model: str | None = None  # folder or Hub id of the start; its weights are trained in float32
+    output: str | None = None  # folder of the run: metrics, picture, checkpoints, and the result in model/
+    save_model: bool = True  # write the trained model and its tokenizer to <output>/model
+    resume: bool = False  # continue the run in `output` from its last whole checkpoint, or start it
+
+    # Text.
+    train_files: list[str] = field(default_factory=list)  # files, folders, globs; or stdlib, Python's sources
+    eval_files: list[str] = field(default_factory=list)  # held-out text; else a hash holds out one in 20
+    dataset: str | None = None  # Hub name of a dataset, instead of train_files
+    dataset_config: str | None = None  # its configuration, if it has several
+    dataset_split: str = "train"  # its split
+    text_column: str = "text"  # the column or JSON key that holds the text
+    block: int = 512  # tokens in a training sequence
+    max_eval_blocks: int = 256  # held-out sequences used at most, in whole batches; 0 for all
+
+    # How long, and how much at a time.
+    steps: int | None = None  # optimizer steps; give this or tokens
+    tokens: int | None = None  # training tokens in all, rounded down to whole steps
+    batch_size: int = 8  # sequences a process takes at a time
+    grad_accum: int = 1  # batches a process adds up before an optimizer step
+
+    # Optimizer and schedule.
+    learning_rate: float = 3e-4  # at its peak
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    min_lr_ratio: float = 0.1  # where the cosine ends, as a part of the peak
+    warmup_steps: int | None = None  # linear from 0; by default one step in fifty
+    weight_decay: float = 0.1  # AdamW's; not on biases and norms
+    max_grad_norm: float = 1.0  # longer gradients are cut to this; 0 for no limit
+    adam_beta1: float = 0.9  # decay of the first moment
+    adam_beta2: float = 0.95  # decay of the second moment
+    adam_epsilon: float = 1e-8  # added to the root of the second moment
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # the launcher's, else bf16 on a GPU, fp32
+    seed: int = 0  # order of the batches, dropout
+    threads: int | None = None  # CPU threads; by default torch's own choice
+
+    # Distillation.
+    teacher: str | None = None  # folder or Hub id of a model with the same vocabulary
+    kd_weight: float = 0.5  # w in loss = (1 - w) x cross-entropy + w x forward KL; 0 loads no teacher
+    kd_temperature: float = 1.0  # softens both distributions
+
+    # What is recorded.
+    eval_every: int | None = None  # steps between evaluations; by default a tenth of the run. 0 for none
+    eval_at: list[int] = field(default_factory=list)  # further steps at which to evaluate
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    save_every: int = 0  # steps between checkpoints; 0 for none
+    keep_checkpoints: int = 2  # newest ones kept, at least 2: one is whole while the other is written
+    report_to: list[str] = field(default_factory=list)  # trackers: trackio, tensorboard, wandb, ...
+    progress: bool = True  # show progress bars
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name, hint in typing.get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool) and hint is float:
+                object.__setattr__(self, name, float(value))
+            elif not _fits(value, hint):
+                faults.append(f"{name}={value!r}; allowed: {_say(hint)}")
+        if not faults:
+            faults = list(_out_of_range(self))
+        if faults:
+            raise PlanError("training settings: " + "; and ".join(faults))
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, its keys and their types checked against TrainConfig.
+
+    Raises:
+        PlanError: No such file, not a mapping, an unknown or repeated key, a wrong type; with the line.
+    """
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} cannot be read as a settings file: {error}") from error
+    except yaml.YAMLError as error:
+        raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise PlanError(f"{path} must hold `key: value` lines, one a setting")
+    hints = typing.get_type_hints(TrainConfig)
+    values: dict[str, Any] = {}
+    for key_node, value_node in root.value:
+        where = f"{path}, line {key_node.start_mark.line + 1}"
+        key, value = (
+            _Loader("").construct_object(key_node),
+            _Loader("").construct_object(value_node, deep=True),
+        )
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            raise PlanError(
+                f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if key in values:
+            raise PlanError(f"{where}: {key!r} is set a second time; keep one")
+        if isinstance(value, str) and list[str] == hints[key]:
+            value = [value]
+        if not _fits(value, hints[key]):
+            raise PlanError(f"{where}: {key}={value!r}; allowed: {_say(hints[key])}")
+        values[key] = value
+    return values
+
+
+def config_from_flags(arguments: Sequence[str] | None, description: str) -> TrainConfig:
+    """The settings that a recipe's command line gives: flags over the `--config` file over the defaults.
+
+    Every field is a flag, spelled with dashes or underscores.
+
+    Raises:
+        PlanError: What `load_config_file` and TrainConfig refuse.
+    """
+    hints, helps = typing.get_type_hints(TrainConfig), _field_comments()
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file of settings; flags win over it")
+    for one in fields(TrainConfig):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        shown = f" (default: {default})" if default not in (None, []) else ""
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
+        options["help"] = (helps[one.name] + shown).replace("%", "%%")
+        if hints[one.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(hints[one.name]) is list:
+            options |= {"nargs": "+", "type": int if hints[one.name] == list[int] else str, "metavar": "X"}
+        elif get_origin(hints[one.name]) is Literal:
+            options["choices"] = get_args(hints[one.name])
+        else:
+            kinds = [
+                kind for kind in get_args(hints[one.name]) or [hints[one.name]] if kind is not type(None)
+            ]
+            options |= {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+        dashed = f"--{one.name.replace('_', '-')}"
+        parser.add_argument(*dict.fromkeys((dashed, f"--{one.name}")), **options)
+    given = vars(parser.parse_args(arguments))
+    file = given.pop("config", None)
+    return TrainConfig(**{**(load_config_file(file) if file else {}), **given})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _say(hint: Any) -> str:
+    """A type in a user's words."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if origin is list:
+        return f"a list of {_say(get_args(hint)[0])}s"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_say(one) for one in get_args(hint))
+    names = {float: "number", int: "whole number", str: "text", bool: "true or false", type(None): "nothing"}
+    return names[hint]
+
+
+def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
+    if (config.steps is None) == (config.tokens is None):
+        yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
+    if config.train_files and config.dataset:
+        yield "train_files and dataset both given; give one of the two"
+    least = {
+        "steps": 1,
+        "tokens": 1,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "block": 2,
+        "threads": 1,
+        "log_every": 1,
+    }
+    least |= {
+        "warmup_steps": 0,
+        "eval_every": 0,
+        "save_every": 0,
+        "max_eval_blocks": 0,
+        "keep_checkpoints": 2,
+    }
+    least |= {"seed": 0, "weight_decay": 0, "max_grad_norm": 0}
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            yield f"{name}={value}; at least {bound}"
+    for name in ("learning_rate", "kd_temperature", "adam_epsilon"):
+        if not 0 < getattr(config, name) < float("inf"):
+            yield f"{name}={getattr(config, name)}; above 0"
+    for name in ("kd_weight", "min_lr_ratio"):
+        if not 0 <= getattr(config, name) <= 1:
+            yield f"{name}={getattr(config, name)}; from 0 to 1"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            yield f"{name}={getattr(config, name)}; from 0 to below 1"
+
+
+def _field_comments() -> dict[str, str]:
+    """What the comment after each field of TrainConfig says, read from this file."""
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    found = (re.fullmatch(r"    (\w+): .*?  # (.+)", line) for line in lines)
+    comments = {match[1]: match[2] for match in found if match}
+    return {one.name: comments.get(one.name, "") for one in fields(TrainConfig)}
