@@ -212,11 +212,10 @@ def derive_config(
     if kept is not None:
         if asked.setdefault(LAYERS, len(kept)) != len(kept):
             raise SizeError(f"layers={asked[LAYERS]}, but {len(kept)} layers are kept: {list(kept)}")
-        outside = [i for i in kept if not 0 <= i < sizes_of(config)[LAYERS]]
+        depth = sizes_of(config)[LAYERS]
+        outside = [i for i in kept if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth]
         if outside or not kept:
-            raise SizeError(
-                f"kept layers {list(kept)}: allowed are 0 to {sizes_of(config)[LAYERS] - 1}, at least one"
-            )
+            raise SizeError(f"kept layers {list(kept)}: allowed are 0 to {depth - 1}, at least one")
     problems, derived = _attempt(config, asked, kept, fields)
     if derived is None:
         raise SizeError("; ".join(problems + list(_hints(config, asked, kept, fields))))
@@ -253,7 +252,7 @@ def _attempt(
     if problems:
         return problems, None
     target = _follow(config, source, asked)
-    problems = list(_violations(config, source, target, asked))
+    problems = list(_violations(config, source, target, asked, fields))
     if problems:
         return problems, None
     changed = {axis: size for axis, size in target.items() if size != source[axis] or axis in asked}
@@ -273,7 +272,7 @@ def _attempt(
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _malformed(config: Config, source: Mapping[str, int], asked: Mapping[str, int]) -> Iterator[str]:
@@ -283,7 +282,7 @@ def _malformed(config: Config, source: Mapping[str, int], asked: Mapping[str, in
         elif isinstance(size, bool) or not isinstance(size, int):
             yield f"{axis}={size!r} is not a whole number"
         elif not 1 <= size < 2**31:
-            yield f"{axis}={size} is out of range: allowed are 1 and more"
+            yield f"{axis}={size} is out of range: allowed are 1 to {2**31 - 1}"
 
 
 def _follow(config: Config, source: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, int]:
@@ -320,28 +319,35 @@ def _nearest_divisor(number: int, wanted: float) -> int:
 
 
 def _violations(
-    config: Config, source: Mapping[str, int], target: Mapping[str, int], asked: Mapping[str, int]
+    config: Config,
+    source: Mapping[str, int],
+    target: Mapping[str, int],
+    asked: Mapping[str, int],
+    fields: Mapping[str, Any],
 ) -> Iterator[str]:
     hidden, heads, kv_heads, head_dim = (target[a] for a in (HIDDEN, HEADS, KV_HEADS, HEAD_DIM))
     coupled = field_of(config, HEAD_DIM) is None
-    whole_heads = source[HEADS] * source[HEAD_DIM] == source[HIDDEN] and HEADS not in asked
-    if heads < 1 or ((coupled or whole_heads) and hidden != heads * head_dim):
+    followed = source[HEADS] * source[HEAD_DIM] == source[HIDDEN] and HIDDEN in asked and HEADS not in asked
+    if heads < 1 or ((coupled or followed) and hidden != heads * head_dim):
         yield f"hidden={hidden} is not a whole number of heads of {head_dim} channels"
     elif heads % kv_heads:
         yield f"heads={heads} is no multiple of kv_heads={kv_heads}"
     if head_dim % 2 and hasattr(config, "rope_parameters"):
         yield f"head_dim={head_dim} is odd, and rotary positions turn pairs of channels"
-    rotary_dim = getattr(config, "rotary_dim", None)
+
+    def value(name: str) -> Any:
+        return fields.get(name, getattr(config, name, None))
+
+    rotary_dim, per_token = value("rotary_dim"), value("num_experts_per_tok")
     if isinstance(rotary_dim, int) and rotary_dim > head_dim:
         yield f"head_dim={head_dim} is less than rotary_dim={rotary_dim}; give rotary_dim= as well"
-    per_token = getattr(config, "num_experts_per_tok", None)
     if EXPERTS in target and isinstance(per_token, int) and target[EXPERTS] < per_token:
         yield f"experts={target[EXPERTS]} is less than the {per_token} that each token is sent to"
     if VOCAB in asked:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            if isinstance(value, int) and value >= asked[VOCAB]:
-                yield f"vocab={asked[VOCAB]} leaves out {name}={value}"
+            ids = value(name) if isinstance(value(name), list) else [value(name)]
+            if any(isinstance(i, int) and i >= asked[VOCAB] for i in ids):
+                yield f"vocab={asked[VOCAB]} leaves out {name}={value(name)}; give {name}= as well"
 
 
 def _hints(
