@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_ws import axes
-from hf_ws.axes import AXES, Block, Dim, Expression, Product, Sum, coordinates, length, parse, positions, spell
+from hf_ws.axes import (
+    AXES,
+    Block,
+    Dim,
+    Expression,
+    Product,
+    Sum,
+    coordinates,
+    length,
+    parse,
+    positions,
+    spell,
+)
 
 
 def dim(text: str) -> Dim:
@@ -65,7 +77,9 @@ def test_a_parenthesis_around_one_thing_means_that_thing() -> None:
 
 
 def test_spaces_do_not_matter() -> None:
-    assert parse(" ( heads   head_dim+kv_heads head_dim )<hidden") == parse("(heads head_dim + kv_heads head_dim) <hidden")
+    assert parse(" ( heads   head_dim+kv_heads head_dim )<hidden") == parse(
+        "(heads head_dim + kv_heads head_dim) <hidden"
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,14 +109,27 @@ def test_a_mistake_is_pointed_at(text: str, column: int) -> None:
 
 
 def test_the_axes_of_a_dimension_come_in_order_and_once() -> None:
-    assert dim("(kv_heads (heads head_dim + 2 head_dim + head_dim))").axes == ("kv_heads", "heads", "head_dim")
+    assert dim("(kv_heads (heads head_dim + 2 head_dim + head_dim))").axes == (
+        "kv_heads",
+        "heads",
+        "head_dim",
+    )
     assert dim("(heads:4 3 heads head_dim)").axes == ("heads", "head_dim")
     assert dim("16").axes == ()
 
 
 # ------------------------------------------------------------------------------------------------ numbers
 
-SIZES = {"hidden": 30, "heads": 12, "kv_heads": 3, "head_dim": 5, "ffn": 14, "experts": 2, "moe_ffn": 7, "positions": 11}
+SIZES = {
+    "hidden": 30,
+    "heads": 12,
+    "kv_heads": 3,
+    "head_dim": 5,
+    "ffn": 14,
+    "experts": 2,
+    "moe_ffn": 7,
+    "positions": 11,
+}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +165,9 @@ def test_coordinates_of_a_product_are_numpys_indices() -> None:
 
 
 def test_coordinates_are_minus_one_where_a_part_lacks_the_axis() -> None:
-    found = coordinates(dim("(heads head_dim + kv_heads head_dim)"), {"heads": 2, "kv_heads": 1, "head_dim": 2})
+    found = coordinates(
+        dim("(heads head_dim + kv_heads head_dim)"), {"heads": 2, "kv_heads": 1, "head_dim": 2}
+    )
     assert found["heads"].tolist() == [0, 0, 1, 1, -1, -1]
     assert found["kv_heads"].tolist() == [-1, -1, -1, -1, 0, 0]
     assert found["head_dim"].tolist() == [0, 1, 0, 1, 0, 1]
@@ -217,7 +246,9 @@ def test_positions_are_what_numpy_selects(text: str) -> None:
 def test_positions_of_any_product_are_what_numpy_selects(data: st.DataObject) -> None:
     names = data.draw(st.permutations(["hidden", "ffn", "experts", "vocab"]))[: data.draw(st.integers(1, 4))]
     source = {name: data.draw(st.integers(1, 5)) for name in names}
-    maps = {n: np.array(data.draw(st.lists(st.integers(0, source[n] - 1), min_size=1, max_size=6))) for n in names}
+    maps = {
+        n: np.array(data.draw(st.lists(st.integers(0, source[n] - 1), min_size=1, max_size=6))) for n in names
+    }
     target = {name: len(index) for name, index in maps.items()}
     expected = _numbered(*source.values())[np.ix_(*maps.values())].ravel()
     np.testing.assert_array_equal(positions(dim(f"({' '.join(names)})"), source, target, maps), expected)
@@ -225,9 +256,14 @@ def test_positions_of_any_product_are_what_numpy_selects(data: st.DataObject) ->
 
 @given(st.data())
 def test_positions_of_any_sum_are_what_numpy_selects(data: st.DataObject) -> None:
-    parts = data.draw(st.lists(st.sampled_from(["hidden", "ffn", "(2 ffn)", "(ffn hidden)", "3"]), min_size=2, max_size=4))
+    parts = data.draw(
+        st.lists(st.sampled_from(["hidden", "ffn", "(2 ffn)", "(ffn hidden)", "3"]), min_size=2, max_size=4)
+    )
     source = {"hidden": 5, "ffn": 3}
-    maps = {n: np.array(data.draw(st.lists(st.integers(0, k - 1), min_size=1, max_size=6))) for n, k in source.items()}
+    maps = {
+        n: np.array(data.draw(st.lists(st.integers(0, k - 1), min_size=1, max_size=6)))
+        for n, k in source.items()
+    }
     target = {name: len(index) for name, index in maps.items()}
     whole, start = [], 0
     for part in parts:
@@ -265,7 +301,9 @@ def test_equal_sizes_without_maps_keep_every_position(text: str) -> None:
 def test_a_query_head_of_another_group_is_not_there() -> None:
     # Target group 0 comes from source group 1, its query head from source group 0: Falcon stores no such pair.
     maps = {"kv_heads": np.array([1]), "heads": np.array([0])}
-    with pytest.raises(ValueError, match=r"\(kv_heads \(heads head_dim \+ head_dim\)\): the maps ask for positions"):
+    with pytest.raises(
+        ValueError, match=r"\(kv_heads \(heads head_dim \+ head_dim\)\): the maps ask for positions"
+    ):
         positions(
             dim("(kv_heads (heads head_dim + head_dim))"),
             {"kv_heads": 2, "heads": 4, "head_dim": 1},
@@ -275,7 +313,9 @@ def test_a_query_head_of_another_group_is_not_there() -> None:
 
 
 def test_an_axis_that_grows_without_a_map_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"\(2 ffn\): the maps ask for positions that the source does not have"):
+    with pytest.raises(
+        ValueError, match=r"\(2 ffn\): the maps ask for positions that the source does not have"
+    ):
         positions(dim("(2 ffn)"), {"ffn": 3}, {"ffn": 4}, {})
     with pytest.raises(ValueError, match=r"ffn: the maps ask for positions that the source does not have"):
         positions(dim("ffn"), {"ffn": 3}, {"ffn": 4}, {})
