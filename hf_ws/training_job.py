@@ -85,8 +85,8 @@ def prepare(
     if train_blocks is None:
         train_blocks, own = _read_blocks(config, tokenizer)
         eval_blocks = own if eval_blocks is None else eval_blocks
-    blocks, _ = _as_dataset(train_blocks)
-    held_out, bytes_per_token = (None, None) if eval_blocks is None else _as_dataset(eval_blocks)
+    blocks, _ = as_dataset(train_blocks)
+    held_out, bytes_per_token = (None, None) if eval_blocks is None else as_dataset(eval_blocks)
     per_step = config.batch_size * config.grad_accum * PartialState().num_processes
     if len(blocks) < per_step:
         raise DataError(
@@ -188,7 +188,7 @@ def _read_blocks(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None)
         raise DataError(f"held-out text: {error}") from error
 
 
-def _as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dataset, float | None]:
+def as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dataset, float | None]:
     """Blocks as a dataset that gives tensors, and their bytes per token where known."""
     import datasets
 

@@ -1,0 +1,172 @@
+"""Text to packed blocks: nothing wasted, nothing guessed, the same on every machine."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from hf_ws.data import Document, check_ids, load_text, pack, split_held_out, text_files
+from hf_ws.errors import DataError
+
+END = "<|endoftext|>"
+TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, vocab_size=280, special_tokens=[END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+
+
+def test_packing_keeps_every_token_but_the_remainder(tokenizer) -> None:
+    packed = pack(["", *TEXTS, "  \n"], tokenizer, 16, progress=False)
+    stream = [i for text in TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    ids = packed.dataset[:]["input_ids"]
+    assert ids.flatten().tolist() == stream[: packed.tokens]
+    assert ids.dtype.is_signed
+    assert ids.shape == (len(packed), 16)
+    assert packed.dropped_tokens == len(stream) - packed.tokens < 16
+    assert packed.dropped_texts == 2
+    assert packed.bytes_per_token == pytest.approx(len("".join(TEXTS).encode()) / len(stream))
+    labels = packed.dataset[:]["labels"]
+    assert (labels[:, 0] == -100).all()
+    assert (labels[:, 1:] == ids[:, 1:]).all()
+
+
+def test_odd_text_is_packed_too(tokenizer) -> None:
+    odd = ["\x00 nul", "\ufeffbom\r\n", "lone \ud800 surrogate", "é" * 500]
+    assert pack(odd, tokenizer, 8, progress=False).tokens > 500
+
+
+@pytest.mark.parametrize(
+    ("texts", "block", "message"),
+    [
+        ([], 8, "0 texts came and none has any text"),
+        (["", " \n"], 8, "2 texts came and none has any text"),
+        (["short"], 1000, r"1 texts of \d+ tokens came, less than one block of 1000"),
+        (["short"], 1, "a block needs at least 2"),
+    ],
+)
+def test_too_little_text_is_refused(tokenizer, texts: list[str], block: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        pack(texts, tokenizer, block, progress=False)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer) -> None:
+    with pytest.raises(DataError, match="no end-of-text token"):
+        pack(TEXTS, PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer), 8)
+
+
+def test_ids_beyond_the_vocabulary_are_named() -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 9], [0, -1]]})
+    with pytest.raises(DataError, match=r"block 1 holds token id 9, but the model's vocabulary has 9"):
+        check_ids(rows, 9)
+    with pytest.raises(DataError, match="block 2 holds token id -1"):
+        check_ids(rows, 10)
+
+
+def write(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "a.py").write_text("print(1)\n")
+    (folder / "deep" / "b.txt").write_bytes(b"caf\xe9")
+    (folder / "c.bin").write_text("not text")
+    (folder / "d.jsonl").write_text('{"text": "one"}\n\n{"text": null}\n{"text": "two"}\n')
+    datasets.Dataset.from_dict({"text": ["three", "four"]}).to_parquet(folder / "e.parquet")
+
+
+def test_folders_globs_and_files(tmp_path) -> None:
+    write(tmp_path)
+    found = {document.name: document.text for document in load_text(str(tmp_path))}
+    assert found == {
+        "a.py": "print(1)\n",
+        "d.jsonl:1": "one",
+        "d.jsonl:3": "",
+        "d.jsonl:4": "two",
+        "deep/b.txt": "caf\ufffd",
+        "e.parquet:0": "three",
+        "e.parquet:1": "four",
+    }
+    assert [d.text for d in text_files([tmp_path / "c.bin", tmp_path / "*.py"])] == ["not text", "print(1)\n"]
+    assert [d.name for d in text_files([tmp_path], suffixes=[".py"])] == ["a.py"]
+    assert [d.text for d in load_text([tmp_path / "a.py"])] == ["print(1)\n"]
+
+
+def test_texts_and_datasets() -> None:
+    assert [d.text for d in load_text(["one", "two"])] == ["one", "two"]
+    rows = datasets.Dataset.from_dict({"body": ["one", None], "n": [1, 2]})
+    assert [d.text for d in load_text(rows, column="body")] == ["one", ""]
+    with pytest.raises(DataError, match="no column 'text', only body, n"):
+        load_text(rows)
+    with pytest.raises(DataError, match="row 0: column 'n' holds int"):
+        load_text(rows, column="n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ('{"txt": "a"}\n', "line 1: no key 'text', only txt"),
+        ('{"text": 3}\n', "line 1: no text under 'text'"),
+        ("\n", "no text in them"),
+    ],
+)
+def test_bad_json_lines_name_file_and_line(tmp_path, content: str, message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_text(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./nowhere/at/all", "neither a file or folder here nor a dataset's Hub name"),
+        (Path("nowhere.txt"), "nowhere.txt does not exist"),
+        ("*.nothing-like-it", "does not exist"),
+        ([], "0 documents and no text"),
+        ([1, 2], "a list of int came"),
+        ([" ", ""], "2 documents and no text"),
+    ],
+)
+def test_what_is_not_there_is_refused(source, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_text(source)
+
+
+def test_an_empty_folder_is_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"holds no .txt, .md"):
+        load_text(tmp_path)
+
+
+def test_the_split_follows_names_not_order() -> None:
+    documents = [Document(f"{i}.py", f"text {i}") for i in range(200)]
+    train, held_out = split_held_out(documents)
+    assert sorted(map(id, train + held_out)) == sorted(map(id, documents))
+    assert 2 <= len(held_out) <= 25
+    again, held_again = split_held_out(documents[::-2])
+    assert set(held_again) <= set(held_out)
+    assert set(again) <= set(train)
+
+
+def test_one_document_is_cut_at_a_line() -> None:
+    text = "".join(f"line {i}\n" for i in range(100))
+    (head,), (tail,) = split_held_out([Document("a", text)])
+    assert head.text + tail.text == text
+    assert head.text.endswith("\n")
+    assert len(tail.text) < 0.1 * len(text)
+
+
+def test_the_standard_library_is_split_by_paths() -> None:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    train, held_out = split_held_out(load_text("stdlib"))
+    for documents, held in ((train, False), (held_out, True)):
+        assert len(documents) > 20
+        for document in documents[:20]:
+            assert (int(hashlib.sha256(document.name.encode()).hexdigest(), 16) % 20 == 0) == held
+            assert document.text == (root / document.name).read_text(encoding="utf-8", errors="replace")
+    assert np.all(["site-packages" not in document.name for document in train])
