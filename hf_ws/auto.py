@@ -113,12 +113,12 @@ class AutoSubclone:
             CheckpointError: a source that cannot be read or is not what its config says.
             CalibrationError: calibration data that is empty or unusable.
         """
-        ask = _Ask.of(locals())
+        ask, of_type = _Ask.of(locals()), _dtype(dtype)
         with store.open_source(source, model_class=model_class, **ask.where) as opened:
             plan = _settled(
                 _planned(opened.config, opened.model_class, opened.name, opened.revision, ask), opened, ask
             )
-            model = apply(plan, opened, dtype=_dtype(dtype), device=device)
+            model = apply(plan, opened, dtype=of_type, device=device)
         model.hf_ws_plan = plan  # how it was made, for whoever saves or distils it; no part of the checkpoint
         return model
 
@@ -225,6 +225,15 @@ class _Ask:
     device: torch.device | str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise PlanError(f"seed={self.seed!r}: wanted is a whole number, 0 to {2**63 - 1}")
+        try:
+            torch.empty(0, device=self.device or "cpu")
+        except (AssertionError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise PlanError(f"device={self.device!r} cannot be used here: {reason}") from None
+
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> _Ask:
         return cls(
@@ -244,7 +253,7 @@ def _planned(
     sizes, fields = read_request(config, ask.sizes, ask.fields)
     depth = sizes_of(config)[LAYERS]
     grows = bool(getattr(method, "grows", False))
-    policy = ask.layer_policy or getattr(method, "layer_policy", "first")
+    policy = getattr(method, "layer_policy", "first") if ask.layer_policy is None else ask.layer_policy
     kept = _kept(policy, depth, sizes.pop(LAYERS, None), grows)
     target = derive_config(config, kept=kept, **sizes, **fields)
     target.architectures = [model_class.__name__]

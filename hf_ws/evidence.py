@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from hf_ws.axes import FFN, HEADS, HIDDEN, MOE_FFN, Dim, coordinates, parse
+from hf_ws.axes import FFN, HEADS, HIDDEN, MOE_FFN, VOCAB, Dim, coordinates, parse
 from hf_ws.errors import CalibrationError
 from hf_ws.layouts import Certificate, certify, generic
 from hf_ws.sizes import sizes_of
@@ -57,6 +57,7 @@ def calibrate(
     try:
         with torch.no_grad(), collector:
             for inputs in tqdm(list(_inputs(data, tokenizer)), desc="calibrating", unit="batch", delay=2):
+                _check_ids(inputs.get("input_ids"), model.config)
                 collector.mask = inputs.get("attention_mask")
                 moved = {name: value.to(model.device) for name, value in inputs.items()}
                 model(**moved)
@@ -74,15 +75,21 @@ def _inputs(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[di
                 f"the calibration dataset has columns {columns}; it needs text or input_ids"
             )
         data = list(data["input_ids"]) if "input_ids" in columns else list(data["text"])
-    if isinstance(data, str):
+    if isinstance(data, str | Mapping):
         data = [data]
     if isinstance(data, list) and data and isinstance(data[0], str):
         data = _tokenize(data, tokenizer)
     if isinstance(data, list) and data and not isinstance(data[0], Mapping):
+        if not all(hasattr(row, "__len__") for row in data):
+            raise CalibrationError(
+                f"calibration data is a list that holds a {type(data[0]).__name__}; wanted are rows of token ids"
+            )
         lengths = {len(row) for row in data}
         if len(lengths) > 1:
             data = [row[: min(lengths)] for row in data]
         data = torch.as_tensor(np.asarray(data))
+    if isinstance(data, np.ndarray) and data.dtype != object:
+        data = torch.as_tensor(data)
     if isinstance(data, Tensor):
         if data.ndim != 2 or not data.numel() or data.is_floating_point():
             raise CalibrationError(
@@ -97,11 +104,24 @@ def _inputs(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[di
         )
     count = 0
     for inputs in data:
+        if not isinstance(inputs, Mapping):
+            raise CalibrationError(
+                f"the calibration data gives a {type(inputs).__name__}; an iterable gives the model's inputs by name"
+            )
         count += 1
         yield dict(inputs)
     if not count:
         raise CalibrationError(
             "the calibration data is empty; give at least one sequence, better a few dozen"
+        )
+
+
+def _check_ids(ids: Any, config: PreTrainedConfig) -> None:
+    vocab = sizes_of(config)[VOCAB]
+    if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise CalibrationError(
+            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, the model knows 0 to {vocab - 1}; "
+            "tokenize with the source's own tokenizer"
         )
 
 
@@ -171,6 +191,10 @@ class _Collector:
 
     def means(self) -> Evidence:
         means = {key: total / max(self._counts[key], 1.0) for key, total in self._sums.items()}
+        if self._counts.get((HIDDEN, 0)) == 0:
+            raise CalibrationError(
+                "the attention_mask of the calibration data leaves no token; give some text"
+            )
         stream = [values for (axis, _), values in means.items() if axis == HIDDEN]
         if not stream:
             raise CalibrationError("no block ran on the calibration data; is it what this model takes?")

@@ -7,6 +7,7 @@ It is checked whole when it is made, so nothing starts that cannot be finished.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from hf_ws.errors import OutputError, PlanError
 
 FORMAT = 1
 """Version of the saved form."""
+
+_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Gather:
         steps = set(np.diff(self.index).tolist())
         if steps == {1} or len(self) == 1:
             return f"{self.index[0]} to {self.index[-1]}" if len(self) > 1 else str(self.index[0])
-        every = f", every {_ordinal(steps.pop())}" if len(steps) == 1 else ""
+        every = f", every {_ordinal(steps.pop())}" if len(steps) == 1 and min(steps) > 1 else ""
         shown = ", ".join(map(str, self.index[:4])) + (", ..." if len(self) > 4 else "")
         return f"{len(self)} of {self.size}{every}: {shown}"
 
@@ -125,6 +128,8 @@ class Plan:
             axis, _, scope = key.partition("@")
             if axis not in AXES:
                 yield f"{key} names no axis; known are {', '.join(AXES)}"
+            elif axis not in self.source_sizes or axis not in self.target_sizes:
+                yield f"{key} maps an axis that this model does not have"
             elif len(axis_map) != self.target_sizes[axis] or axis_map.size != self.source_sizes[axis]:
                 yield (
                     f"{key} maps {axis_map.size} to {len(axis_map)}, the configs say "
@@ -134,6 +139,12 @@ class Plan:
                 yield f"{key} has an index outside 0 to {axis_map.size - 1}"
             elif scope.isdigit() and int(scope) >= len(self.layers):
                 yield f"{key} is for a layer that the target does not have"
+            elif (
+                scope and not scope.isdigit() and not {scope, _LAYER.sub(".*.", scope, 1)} & set(self.layouts)
+            ):
+                yield f"{key} is for a parameter that the target does not have"
+            elif isinstance(axis_map, Rank) and axis_map.keep > axis_map.size:
+                yield f"{key} keeps {axis_map.keep} of {axis_map.size}; a ranking only drops"
         if not self.is_fresh("*"):
             yield from self._unmapped()
             for layer in range(len(self.layers)):
@@ -141,23 +152,28 @@ class Plan:
         for name, gain in self.gains.items():
             if name not in self.layouts or not np.isfinite(gain) or gain <= 0:
                 yield f"gain {gain} for {name}"
+        if unknown := [name for name in self.fresh if name != "*" and name not in self.layouts]:
+            yield f"fresh {', '.join(unknown)}: no such parameter"
 
     def _unmapped(self) -> Iterator[str]:
         mapped = {key.partition("@")[0] for key in self.maps}
-        for axis in {
-            a
-            for name in self.layouts
-            if not self.is_fresh(name)
-            for d in parse(self.layouts[name])
-            for a in d.axes
-        }:
+        for axis in sorted(self._axes()):
             if axis not in mapped and self.source_sizes[axis] != self.target_sizes[axis]:
                 yield f"{axis} changes from {self.source_sizes[axis]} to {self.target_sizes[axis]}, and no map says how"
 
     def _heads_apart(self, layer: int) -> Iterator[str]:
-        """Query heads whose key/value head goes elsewhere."""
-        heads, kv_heads = self.axis_map(HEADS, layer), self.axis_map(KV_HEADS, layer)
+        """Query heads whose key/value head goes elsewhere; what has no map keeps its number."""
+        if KV_HEADS not in {key.partition("@")[0] for key in self.maps} | self._axes():
+            return
+        heads, kv_heads = (
+            self.axis_map(axis, layer)
+            or Gather(tuple(range(self.target_sizes[axis])), self.source_sizes[axis])
+            for axis in (HEADS, KV_HEADS)
+        )
         if not isinstance(heads, Gather) or not isinstance(kv_heads, Gather):
+            return
+        if len(heads) % len(kv_heads) or heads.size % kv_heads.size:
+            yield f"layer {layer}: {len(heads)} query heads are no multiple of {len(kv_heads)} kv heads"
             return
         before, after = heads.size // kv_heads.size, len(heads) // len(kv_heads)
         for target, source in enumerate(heads.index):
@@ -167,6 +183,11 @@ class Plan:
                     f"but its kv head comes from group {kv_heads.index[target // after]}"
                 )
                 return
+
+    def _axes(self) -> set[str]:
+        """The axes of everything that is taken from the source."""
+        taken = [text for name, text in self.layouts.items() if not self.is_fresh(name)]
+        return {axis for text in taken for dim in parse(text) for axis in dim.axes}
 
     def axis_map(self, axis: str, layer: int | None = None, parameter: str = "") -> AxisMap | None:
         """The map that holds for an axis in a target layer and parameter; None if its indices stay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_ws.axes import HEADS, KV_HEADS, parse
-from hf_ws.errors import PlanError
+from hf_ws.errors import CheckpointError, PlanError
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate, certify, generic, select
 from hf_ws.layouts.infer import build_on_meta
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
 from hf_ws.scores import SCORES
+from hf_ws.sizes import sizes_of
 from hf_ws.store import Source
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,12 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         key = (axis, layer, by)
         if key not in scores:
             scores[key] = SCORES[by](source, certificate, evidence, axis, layer).double()
+            if not scores[key].isfinite().all():
+                where = "the whole model" if layer is None else f"layer {layer}"
+                raise CheckpointError(
+                    f"{source.name}: {axis} of {where} cannot be ranked by {by}, some scores are no finite numbers; "
+                    "the weights hold NaN or infinity, or the activations overflow"
+                )
         return scores[key]
 
     order = sorted(
@@ -94,11 +102,6 @@ def apply(
     """
     if not plan.is_settled:
         raise PlanError("this plan leaves indices open; settle it first")
-    if plan.fingerprint not in (None, source.fingerprint):
-        raise PlanError(
-            f"this plan was made for {plan.source} with fingerprint {plan.fingerprint}, but {source.name} has "
-            f"{source.fingerprint}; make the plan again"
-        )
     config = config_from(plan.target_config)
     if dtype is None and (own := _dtype(source)) is not None:
         dtype = own
@@ -116,6 +119,17 @@ def config_from(values: Any) -> PreTrainedConfig:
 
 
 def _certificate(plan: Plan, source: Source) -> Certificate:
+    sizes = sizes_of(source.config)
+    if wrong := [axis for axis in plan.source_sizes if plan.source_sizes[axis] != sizes.get(axis)]:
+        raise PlanError(
+            f"this plan was made for {plan.source} with {_spelled(plan.source_sizes, wrong)}, but {source.name} has "
+            f"{_spelled(sizes, wrong)}; make the plan again"
+        )
+    if plan.fingerprint not in (None, source.fingerprint):
+        raise PlanError(
+            f"this plan was made for {plan.source} with fingerprint {plan.fingerprint}, but {source.name} has "
+            f"{source.fingerprint}; make the plan again"
+        )
     certificate = certify(source.model_class, source.config)
     if source.model_class.__name__ != plan.model_class or dict(certificate.layouts) != dict(plan.layouts):
         raise PlanError(
@@ -123,6 +137,10 @@ def _certificate(plan: Plan, source: Source) -> Certificate:
             f"({source.model_class.__name__}) under this version of Transformers; make the plan again"
         )
     return certificate
+
+
+def _spelled(sizes: Mapping[str, int], axes: Iterable[str]) -> str:
+    return ", ".join(f"{axis}={sizes.get(axis)}" for axis in axes)
 
 
 def _dtype(source: Source) -> torch.dtype | None:
@@ -152,7 +170,7 @@ def _tensors(
         weight = source.tensor(name if layer is None else pattern.replace("*", str(plan.layers[layer]), 1))
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
         if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
-            made = made.float() * gain
+            made = (made if made.dtype == torch.float64 else made.float()) * gain
         made = made.to(
             device=device or "cpu", dtype=dtype or weight.dtype, copy=made is weight or made._is_view()
         )

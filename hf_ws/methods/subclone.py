@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, MOE_FFN
+from hf_ws.errors import PlanError
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
+from hf_ws.scores import SCORES
 
 
 def subclone(request: Request, *, rescale: bool = True, score: str | None = None) -> Plan:
@@ -20,8 +22,11 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
         score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
 
     Raises:
+        PlanError: an unknown score.
         SizeError: query heads that no selection of whole kv groups gives.
     """
+    if score is not None and score not in SCORES:
+        raise PlanError(f"score={score!r} is unknown; known are {', '.join(SCORES)}")
     request.check_heads()
     by = score or ("activation" if request.calibrated else "magnitude")
     before, after = request.before, request.after
