@@ -347,6 +347,74 @@ def test_certify_exits_3_if_any_is_refused(run: Callable[..., Outcome]) -> None:
     assert run("certify").code == 2
 
 
+def test_compare_trains_each_start_and_writes_table_and_picture(
+    run: Callable[..., Outcome], source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(
+            " ".join(f"w{(number + 3 * i) % 59 + 2}" for i in range(60))
+        )
+    given = (
+        "--data",
+        tmp_path / "texts",
+        "--block",
+        "16",
+        "--batch-size",
+        "2",
+        "--steps",
+        "2",
+        "--methods",
+        "random, subclone",
+    )
+    wanted = (
+        "compare",
+        source,
+        "--hidden",
+        "12",
+        *given,
+        "--train",
+        "threads=1",
+        "--output",
+        tmp_path / "out",
+    )
+    outcome = run(*wanted)
+    assert outcome.code == 0, outcome.err
+    assert "| random |" in outcome.out
+    assert "| subclone |" in outcome.out
+    assert {"compare.md", "compare.png", "compare.json"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    again = run(*wanted, "--json")  # finds every run done
+    assert set(json.loads(again.out)["methods"]) == {"random", "subclone"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("--seeds", "0,a"), "'a' is not a whole number"),
+        (("--learning-rates", "fast"), "'fast' is not a number"),
+        (("--train", "shedule=constant"), "did you mean schedule?"),
+        (("--train", "steps=3"), "no such setting"),
+        (("--train", "schedule=sometimes"), "cosine, constant"),
+        (("--methods", "subclon"), "did you mean 'subclone'"),
+        (("--method", "subclone"), "did you mean --methods?"),
+        (("--hidden", "13"), "hidden=13"),
+    ],
+    ids=str,
+)
+def test_bad_comparison_is_refused_before_work(
+    run: Callable[..., Outcome], source: Path, tmp_path: Path, given: tuple[str, ...], named: str
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"w{i % 61}" for i in range(4000)))
+    wanted = ("--hidden", "12", "--block", "16", "--steps", "2", "--data", tmp_path / "text.txt")
+    outcome = run("compare", source, *wanted, "--output", tmp_path / "out", *given)
+    assert outcome.code == 2
+    assert is_one_line(outcome.err.splitlines(keepends=True)[-1])
+    assert named in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_pairs_are_typed_as_yaml() -> None:
     given = ["n=3", "x=1e6", "rescale=false", "ids=[1, 2]", "name=uniform", "empty=", "equals=a=b"]
     assert pairs("--set", given) == {

@@ -20,6 +20,7 @@ import typer
 
 from hf_ws._version import __version__
 from hf_ws.cli.certify import certify
+from hf_ws.cli.compare import compare
 from hf_ws.cli.env import env
 from hf_ws.cli.plan import plan
 from hf_ws.cli.subclone import subclone
@@ -47,6 +48,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "hf-ws subclone gpt2-large student --plan plan.json",
     ),
     certify: ("hf-ws certify llama qwen3 gpt2", "hf-ws certify BertForMaskedLM --layouts"),
+    compare: (
+        "hf-ws compare gpt2-large --hidden 512 --data stdlib --steps 500 --output comparison",
+        "hf-ws compare gpt2-large --hidden 512 --steps 500 --output comparison --learning-rates 1e-3,5e-4",
+    ),
     env: ("hf-ws env",),
 }
 for command, examples in EXAMPLES.items():

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -130,30 +130,33 @@ class Flags:
         return shlex.join(words)
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `flags: Flags` becomes one option for each field."""
-    hints = get_type_hints(command, include_extras=True)
+def with_flags(but: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes of a command's parameter `flags: Flags` one option for each field, less those in `but`."""
+    taken = [one for one in fields(Flags) if one.name not in but]
     flag_hints = get_type_hints(Flags, include_extras=True)
-    own = inspect.signature(command).parameters
-
-    @functools.wraps(command)
-    def spelled_out(**given: Any) -> None:
-        flags = Flags(**{one.name: given.pop(one.name) for one in fields(Flags)})
-        command(flags=flags, **given)
-
     options = [
         inspect.Parameter(
             one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=flag_hints[one.name]
         )
-        for one in fields(Flags)
+        for one in taken
     ]
-    parameters = []
-    for name, parameter in own.items():
-        spelled = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
-        parameters += options if name == "flags" else [spelled]
-    spelled_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return spelled_out
+
+    def spell_out(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def spelled_out(**given: Any) -> None:
+            flags = Flags(**{one.name: given.pop(one.name) for one in taken})
+            command(flags=flags, **given)
+
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+            parameters += options if name == "flags" else [own]
+        spelled_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return spelled_out
+
+    return spell_out
 
 
 def pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:

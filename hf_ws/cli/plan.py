@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_ws.plan import Plan
 
 
-@with_flags
+@with_flags()
 def plan(
     source: Source,
     flags: Flags,

@@ -26,7 +26,7 @@ def _shard_size(text: str) -> str:
     return text.upper()
 
 
-@with_flags
+@with_flags()
 def subclone(
     source: Source,
     output: Annotated[
