@@ -202,9 +202,10 @@ def test_max_shard_size_splits_the_weights(run: Callable[..., Outcome], source: 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
-def test_full_output_is_refused_and_untouched(
-    run: Callable[..., Outcome], source: Path, tmp_path: Path
+def test_full_output_is_refused_before_work_and_untouched(
+    run: Callable[..., Outcome], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(AutoSubclone, "from_pretrained", lambda *_, **__: pytest.fail("work was begun"))
     (tmp_path / "notes.txt").write_text("mine")
     before = digest(tmp_path)
     outcome = run("subclone", source, tmp_path, *HALF)
