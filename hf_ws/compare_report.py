@@ -168,10 +168,14 @@ def _draw(result: Comparison) -> None:
     """Held-out loss against tokens, a line a method: the median over seeds, its range shaded."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats per token")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     ends: list[tuple[float, str, str, int]] = []
     for number, method in enumerate(result.methods):
         arms, colour = result.of(method), f"C{number}"

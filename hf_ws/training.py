@@ -14,7 +14,8 @@ import logging
 import math
 import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProgressCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as hf_logging
 
 from hf_ws import run_folder
 from hf_ws.data import Packed
@@ -139,6 +141,7 @@ def _train(job: Job, folder: Path | None) -> History:
     if folder and state.is_main_process:
         rows = run_folder.begin(folder, record, checkpoint, damaged)
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_ws-")))
         recorder = Recorder(job, folder, rows)
         trainer = _trainer(job, place, recorder, resumed=checkpoint is not None)
@@ -282,6 +285,18 @@ def _precision(config: TrainConfig) -> str:
 def _on_cpu() -> bool:
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return told or not torch.accelerator.is_available()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of Transformers' own for files it reads and writes, which would tear ours apart."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None:
