@@ -67,6 +67,9 @@ class Recorder(TrainerCallback):
 class Bar(ProgressCallback):
     """The Trainer's bar, with the loss on it in place of a printed line a log."""
 
+    training_bar: Any
+    prediction_bar: Any
+
     def close(self) -> None:
         """Take the bars away, also after an error, which the Trainer leaves them standing at."""
         for bar in (self.training_bar, self.prediction_bar):
