@@ -85,9 +85,10 @@ def _verdict(name: str) -> Verdict:
     try:
         found, config = _class_and_config(name)
         certificate = certify_class(found, config)
-    except HfWsError as error:
+    except Exception as error:  # whatever a class makes of a miniature
+        reason = str(error) if isinstance(error, HfWsError) else f"{type(error).__name__}: {error}"
         model_class = found.__name__ if found else None
-        return Verdict(name, model_class, False, seconds=time.perf_counter() - start, reason=str(error))
+        return Verdict(name, model_class, False, seconds=time.perf_counter() - start, reason=reason)
     return Verdict(
         name,
         found.__name__,
