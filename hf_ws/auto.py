@@ -318,7 +318,7 @@ def _method(method: str | Method, arguments: Mapping[str, Any]) -> Method:
 def _named(value: Any, table: Mapping[str, Any], kind: str) -> Any:
     if callable(value):
         return value
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         near = difflib.get_close_matches(str(value), table, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise PlanError(

@@ -128,7 +128,7 @@ def rotary_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, .
             f"head_dim={keep}: {config.model_type} turns only a part of each head's {size} channels, and which of "
             "the rest belong together is not known; leave head_dim as it is"
         )
-    pairs = [int(j * size / keep) for j in range(keep // 2)]
+    pairs = [round(j * size / keep) for j in range(keep // 2)]
     if config.model_type in INTERLEAVED_ROTARY:
         return tuple(channel for pair in pairs for channel in (2 * pair, 2 * pair + 1))
     return (*pairs, *(pair + size // 2 for pair in pairs))
