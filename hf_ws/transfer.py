@@ -170,10 +170,9 @@ def _tensors(
         weight = source.tensor(name if layer is None else pattern.replace("*", str(plan.layers[layer]), 1))
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
         if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
-            made = (made if made.dtype == torch.float64 else made.float()) * gain
-        made = made.to(
-            device=device or "cpu", dtype=dtype or weight.dtype, copy=made is weight or made._is_view()
-        )
+            made = made.to(torch.promote_types(weight.dtype, dtype or weight.dtype)) * gain
+        shared = made.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        made = made.to(device=device or "cpu", dtype=dtype or weight.dtype, copy=shared)
         assert made.shape == parameter.shape, (
             f"{name}: made {tuple(made.shape)}, wanted {tuple(parameter.shape)}"
         )

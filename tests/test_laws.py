@@ -86,6 +86,20 @@ def test_dead_neurons_leave_without_a_trace(family: str) -> None:
     _assert_same_function(source, target)
 
 
+@pytest.mark.parametrize("selection", ["uniform", "consecutive", "random"])
+def test_the_source_is_only_read(selection: str) -> None:
+    """The target shares no memory with a live source, whichever way its tensors were cut."""
+    source = families.model("gpt2")
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    target = AutoSubclone.from_pretrained(
+        source, method="weight_selection", method_args={"selection": selection}, **half(source)
+    )
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.fill_(7.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in source.state_dict().items())
+
+
 def _assert_same_function(source: PreTrainedModel, target: PreTrainedModel) -> None:
     wanted = families.logits(source, IDS)
     tolerance = (1e-12 if _exact(source) else 2e-6) * float(wanted.abs().max())

@@ -77,7 +77,7 @@ class Certificate:
         return generic(name, self.stacks)[0]
 
 
-_CERTIFICATES: dict[str, Certificate] = {}
+_CERTIFICATES: dict[tuple[type[PreTrainedModel], str], Certificate] = {}
 
 
 def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Certificate:
@@ -86,10 +86,9 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     Raises:
         UnsupportedArchitectureError: a dimension without an explanation, or an axis whose proof failed.
     """
-    inferred = infer(model_class, config)
-    key = json.dumps([model_class.__name__, inferred.miniature.to_dict()], sort_keys=True, default=str)
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _CERTIFICATES:
-        _CERTIFICATES[key] = prove(model_class, inferred)
+        _CERTIFICATES[key] = prove(model_class, infer(model_class, config))
     return _CERTIFICATES[key]
 
 
@@ -257,9 +256,13 @@ def _transferred(
 
 @contextlib.contextmanager
 def _plain_arithmetic(config: PreTrainedConfig) -> Iterator[None]:
-    """Float64 throughout, and head slopes of zero where a family gives each head its own."""
-    before = torch.get_default_dtype()
+    """Float64 throughout, and head slopes of zero where a family gives each head its own.
+
+    One thread: a miniature's matrices are too small to share, and on a busy machine sharing costs seconds.
+    """
+    before, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
     try:
         with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]), torch.no_grad():
             if builder := irregular.HEAD_BIASES.get(config.model_type):
@@ -267,6 +270,7 @@ def _plain_arithmetic(config: PreTrainedConfig) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+        torch.set_num_threads(threads)
 
 
 def _without_slopes(builder: str) -> Any:

@@ -100,9 +100,10 @@ def infer(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Infer
         raise UnsupportedArchitectureError(
             f"{model_class.__name__}: no module list grows with {field_of(config, LAYERS)}; its layers were not found"
         )
+    lengths = _lengths(small)
     layouts: dict[str, str] = {}
     for name, parameter in model.named_parameters():
-        text = _layout(name, parameter, model, small)
+        text = _layout(name, parameter, model, small, lengths)
         pattern = generic(name, stacks)[0]
         if layouts.setdefault(pattern, text) != text:
             raise UnsupportedArchitectureError(
@@ -152,7 +153,13 @@ def generic(name: str, stacks: tuple[str, ...]) -> tuple[str, int | None]:
     return name, None
 
 
-def _layout(name: str, parameter: torch.Tensor, model: PreTrainedModel, config: PreTrainedConfig) -> str:
+def _layout(
+    name: str,
+    parameter: torch.Tensor,
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    lengths: Mapping[str, int],
+) -> str:
     module_name = name.rpartition(".")[0]
     module = model.get_submodule(module_name)
     reads = _reading_dim(module, parameter)
@@ -165,7 +172,7 @@ def _layout(name: str, parameter: torch.Tensor, model: PreTrainedModel, config: 
             dims.append(row.writes)
             continue
         inner = in_attention and _is_inner(module, module_name, at == reads, output)
-        text = _expression(size, config, inner)
+        text = _expression(size, lengths, inner)
         if text is None:
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__}: no axis explains dimension {at} of {name}, of length {size} in a miniature "
@@ -193,9 +200,8 @@ def _is_inner(module: nn.Module, name: str, reads: bool, output: bool) -> bool:
     )  # a norm over all heads; other norms are on the stream
 
 
-def _expression(size: int, config: PreTrainedConfig, inner: bool) -> str | None:
-    sizes = visible_sizes(config)
-    matches = [text for text in EXPRESSIONS if _length(text, sizes) == size]
+def _expression(size: int, lengths: Mapping[str, int], inner: bool) -> str | None:
+    matches = [text for text, length in lengths.items() if length == size]
     if HIDDEN in matches and "(heads head_dim)" in matches:
         return "(heads head_dim)" if inner else HIDDEN
     if matches:
@@ -213,6 +219,8 @@ def visible_sizes(config: PreTrainedConfig) -> dict[str, int]:
     return sizes
 
 
-def _length(text: str, sizes: Mapping[str, int]) -> int | None:
-    (dim,) = parse(text)
-    return length(dim, sizes) if set(dim.axes) <= set(sizes) else None
+def _lengths(config: PreTrainedConfig) -> dict[str, int]:
+    """How long each of `EXPRESSIONS` is in this config, those left out that speak of axes it does not have."""
+    sizes = visible_sizes(config)
+    dims = {text: parse(text)[0] for text in EXPRESSIONS}
+    return {text: length(dim, sizes) for text, dim in dims.items() if set(dim.axes) <= set(sizes)}

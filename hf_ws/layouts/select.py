@@ -48,12 +48,10 @@ def select(
 
 
 def _along(tensor: Tensor, at: int, index: np.ndarray) -> Tensor:
-    """`tensor.index_select`, as a view where the positions are evenly spaced."""
+    """The positions `index` of dimension `at`: a view where they are evenly spaced."""
     if len(index) == tensor.shape[at] and np.array_equal(index, np.arange(len(index))):
         return tensor
     step = int(index[1] - index[0]) if len(index) > 1 else 1
     if step > 0 and (np.diff(index) == step).all():
-        view = [slice(None)] * tensor.ndim
-        view[at] = slice(int(index[0]), int(index[-1]) + 1, step)
-        return tensor[tuple(view)]
-    return tensor.index_select(at, torch.from_numpy(np.ascontiguousarray(index)))
+        return tensor[(slice(None),) * at + (slice(int(index[0]), int(index[-1]) + 1, step),)]
+    return tensor[(slice(None),) * at + (torch.from_numpy(np.ascontiguousarray(index)),)]

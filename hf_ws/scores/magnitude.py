@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from hf_ws.evidence import Evidence, by_axis
 from hf_ws.layouts import Certificate, generic
 from hf_ws.sizes import sizes_of
 from hf_ws.store import Source
+
+_MEANS: WeakKeyDictionary[Source, dict[str, list[Tensor]]] = WeakKeyDictionary()
+"""Mean absolute weight along each dimension of each tensor: every axis asks, and each weight is read once."""
 
 
 def magnitude(
@@ -25,12 +30,22 @@ def magnitude(
     for name in source.tensors:
         pattern, number = generic(name, certificate.stacks)
         layout = parse(certificate.layouts.get(pattern, ""))
-        if number != layer and layer is not None:
+        if layer is not None and number != layer:
             continue
         for at, dim in enumerate(layout):
             if axis in dim.axes:
-                weight = source.tensor(name)
-                others = [d for d in range(weight.ndim) if d != at]
-                means = weight.abs().mean(others, dtype=torch.float64) if others else weight.abs().double()
-                total += by_axis(means, dim, axis, sizes)
+                total += by_axis(_means(source, name)[at], dim, axis, sizes)
     return total
+
+
+def _means(source: Source, name: str) -> list[Tensor]:
+    """For each dimension of a tensor, the mean absolute weight at each position."""
+    cache = _MEANS.setdefault(source, {})
+    if name not in cache:
+        weight = source.tensor(name).abs().float()
+        dims = range(weight.ndim)
+        cache[name] = [
+            weight.mean([d for d in dims if d != at]).double() if weight.ndim > 1 else weight.double()
+            for at in dims
+        ]
+    return cache[name]

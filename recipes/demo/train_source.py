@@ -132,9 +132,8 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts, vocab=2048)
     blocks, held_out = pack(train_texts, tokenizer), pack(held_out_texts, tokenizer)
     per_token = len("".join(held_out_texts).encode()) / sum(map(len, tokenizer(held_out_texts)["input_ids"]))
-    print(
-        f"{blocks.numel():,} training tokens in {len(train_files)} files; {held_out.numel():,} held out, {per_token:.2f} bytes a token"
-    )
+    print(f"{blocks.numel():,} training tokens in {len(train_files)} files, {held_out.numel():,} held out")
+    print(f"{per_token:.2f} bytes a token")
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
