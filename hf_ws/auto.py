@@ -159,12 +159,14 @@ class AutoSubclone:
         ask = _Ask.of(locals())
         if calibration is not None:
             with store.open_source(source, model_class=model_class, **ask.where) as opened:
-                plan = _planned(opened.config, opened.model_class, opened.name, opened.revision, ask)
+                plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
                 return _settled(plan, opened, ask)
         if isinstance(source, PreTrainedModel):
-            return _planned(source.config, type(source), type(source).__name__, None, ask)
+            return _planned(source.config, type(source), _label(source), None, ask)
         config = store.load_config(source, **ask.where)
-        return _planned(config, store.model_class(config, model_class), str(source), config._commit_hash, ask)
+        return _planned(
+            config, store.model_class(config, model_class), _label(source), config._commit_hash, ask
+        )
 
 
 def apply_plan(
@@ -187,8 +189,9 @@ def apply_plan(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     ) as opened:
-        ask = _Ask(calibration=calibration, device=device)
-        settled = _settled(plan, opened, ask)
+        if calibration is not None and not _wants_data(plan):
+            raise PlanError(f"this {plan.method} plan ranks nothing by activation: leave calibration= out")
+        settled = _settled(plan, opened, _Ask(calibration=calibration, device=device))
         model = apply(settled, opened, dtype=_dtype(dtype), device=device)
     model.hf_ws_plan = settled
     return model
@@ -222,6 +225,7 @@ class _Ask:
     layer_policy: str | LayerPolicy | Sequence[int] | None = None
     calibration: Any = None
     seed: int = 0
+    dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
 
@@ -236,7 +240,10 @@ class _Ask:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> _Ask:
+        source, dtype = arguments["source"], arguments["dtype"]
+        live = source.dtype if isinstance(source, PreTrainedModel) else None
         return cls(
+            dtype=_dtype(dtype) or live,
             sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
             fields=arguments["config_fields"],
             method_args=arguments["method_args"] or {},
@@ -250,6 +257,7 @@ def _planned(
 ) -> Plan:
     """The plan that the method makes of these arguments; reads no weights."""
     method = _method(ask.method, ask.method_args)
+    certificate = certify_class(model_class, config)
     sizes, fields = read_request(config, ask.sizes, ask.fields)
     depth = sizes_of(config)[LAYERS]
     grows = bool(getattr(method, "grows", False))
@@ -257,7 +265,7 @@ def _planned(
     kept = _kept(policy, depth, sizes.pop(LAYERS, None), grows)
     target = derive_config(config, kept=kept, **sizes, **fields)
     target.architectures = [model_class.__name__]
-    certificate = certify_class(model_class, config)
+    target.dtype = ask.dtype or config.dtype
     if not grows:
         _refuse_growth(config, target, certificate, _name(ask.method))
     request = Request(
@@ -284,7 +292,7 @@ def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
     if plan.is_settled:
         return settle(plan, opened)
     evidence = None
-    if ask.calibration is not None:
+    if ask.calibration is not None and _wants_data(plan):
         model = opened.model().to(ask.device or "cpu")
         evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened))
     elif any(isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()):
@@ -293,6 +301,15 @@ def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
             "pass calibration= with some text"
         )
     return settle(plan, opened, evidence)
+
+
+def _wants_data(plan: Plan) -> bool:
+    """Whether a score is still open that looks at more than weights."""
+    return any(isinstance(m, Rank) and m.score != "magnitude" for m in plan.maps.values())
+
+
+def _label(source: SourceLike) -> str:
+    return type(source).__name__ if isinstance(source, PreTrainedModel) else str(source)
 
 
 def _tokenizer(opened: store.Source) -> PreTrainedTokenizerBase | None:

@@ -94,7 +94,7 @@ def apply(
     Args:
         plan: A settled plan.
         source: What the plan was made for; only read.
-        dtype: Of the target's floating-point tensors; the source's own if None.
+        dtype: Of the target's floating-point tensors; the plan's if None, and the source's if that is open too.
         device: Where the target's tensors go; the CPU if None.
 
     Raises:
@@ -103,8 +103,7 @@ def apply(
     if not plan.is_settled:
         raise PlanError("this plan leaves indices open; settle it first")
     config = config_from(plan.target_config)
-    if dtype is None and (own := _dtype(source)) is not None:
-        dtype = own
+    dtype = dtype or config.dtype or _dtype(source)
     config.dtype = dtype
     model = build_on_meta(source.model_class, config)
     tensors = _tensors(plan, source, model, dtype, device)

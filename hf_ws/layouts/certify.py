@@ -88,7 +88,17 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     """
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _CERTIFICATES:
-        _CERTIFICATES[key] = prove(model_class, infer(model_class, config))
+        try:
+            _CERTIFICATES[key] = prove(model_class, infer(model_class, config))
+        except UnsupportedArchitectureError:
+            raise
+        except (
+            Exception
+        ) as error:  # a miniature may break a class in any way; whatever it is, there is no proof
+            raise UnsupportedArchitectureError(
+                f"{model_class.__name__}: no miniature of it can be built and run, so its layouts are not proven: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
     return _CERTIFICATES[key]
 
 
