@@ -157,6 +157,7 @@ class AutoSubclone:
         Args and errors are those of `from_pretrained`.
         """
         ask = _Ask.of(locals())
+        _dtype(dtype)
         if calibration is not None:
             with store.open_source(source, model_class=model_class, **ask.where) as opened:
                 plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
@@ -293,7 +294,9 @@ def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
         return settle(plan, opened)
     evidence = None
     if ask.calibration is not None and _wants_data(plan):
-        model = opened.model().to(ask.device or "cpu")
+        model = opened.model()
+        if opened.files is not None:  # a live source stays where its owner put it
+            model = model.to(ask.device or "cpu")
         evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened))
     elif any(isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()):
         logger.warning(
@@ -395,9 +398,9 @@ def _count(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return None if dtype == "auto" else dtype  # type: ignore[return-value]
-    found = getattr(torch, str(dtype), None)
+    if dtype is None or dtype == "auto":
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise PlanError(
             f"dtype={dtype!r} is unknown; allowed are float32, bfloat16, float16, float64 and auto"

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ws.compare import Arm, Comparison, compare
-from hf_ws.compare_report import tokens_to
+from hf_ws.compare.report import tokens_to
 from hf_ws.errors import DataError, DivergenceError, OutputError, PlanError
 
 VOCAB = 40

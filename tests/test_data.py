@@ -10,8 +10,8 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hf_ws.data import Document, check_ids, load_text, pack, split_held_out, text_files
 from hf_ws.errors import DataError
+from hf_ws.training.data import Document, check_ids, load_text, pack, split_held_out, text_files
 
 END = "<|endoftext|>"
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(40)]

@@ -133,7 +133,7 @@ def _sources(given: list[str] | None) -> str | list[Path] | None:
 
 def _training(given: list[str] | None) -> dict[str, Any]:
     """Settings of a training run by key. Raises PlanError for one that does not exist, or has a flag here."""
-    from hf_ws.training_config import TrainConfig
+    from hf_ws.training.config import TrainConfig
 
     found = pairs("--train", given)
     known = {one.name for one in fields(TrainConfig)} - DECIDED

@@ -198,7 +198,7 @@ def calibration_texts(given: Sequence[str] | None) -> list[str] | None:
     """
     if not given:
         return None
-    from hf_ws.data import text_files
+    from hf_ws.training.data import text_files
 
     try:
         documents = text_files(given)

@@ -73,6 +73,8 @@ def locate(
         CheckpointError: No such folder or repository, no permission, no connection, or no `config.json`.
         PlanError: An adapter, not a model.
     """
+    if not isinstance(source, str | Path) or not str(source):
+        raise PlanError(f"source={source!r}; wanted is a Hub id, a folder or a PreTrainedModel")
     folder = Path(source).expanduser()
     if folder.is_dir():
         _refuse_adapter(source, (folder / ADAPTER).is_file())

@@ -5,7 +5,7 @@
 
 Transformers' `Trainer` does the work (precision, accumulation, schedule, processes, checkpoints, trackers).
 What is added here: the distillation loss, an order of batches that depends on the seed alone, checkpoints
-that are known to be whole, a stop when the loss is no longer finite, and the record (see `hf_ws.run_folder`).
+that are known to be whole, a stop when the loss is no longer finite, and the record (see `hf_ws.training.run_folder`).
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, default_d
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws import run_folder
-from hf_ws.data import Packed
 from hf_ws.distill import forward_kl
 from hf_ws.distill.teacher import load_causal_lm
 from hf_ws.errors import PlanError
 from hf_ws.store import new_folder
-from hf_ws.training_callbacks import Bar, Recorder
-from hf_ws.training_config import TrainConfig, config_from_flags, load_config_file
-from hf_ws.training_job import Job, prepare
+from hf_ws.training import run_folder
+from hf_ws.training.callbacks import Bar, Recorder
+from hf_ws.training.config import TrainConfig
+from hf_ws.training.data import Packed
+from hf_ws.training.job import Job, prepare
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["History", "TrainConfig", "config_from_flags", "load_config_file", "train"]
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_ws.run_folder import write_json
+from hf_ws.training.run_folder import write_json
 
 NAME = "compare"
 

@@ -12,10 +12,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hf_ws.data import Document, Packed, check_ids, load_text, pack, split_held_out, text_files
 from hf_ws.distill.teacher import check_vocabulary, load_causal_lm, load_teacher, load_tokenizer
 from hf_ws.errors import CheckpointError, DataError, DistillationError, HfWsError, PlanError
-from hf_ws.training_config import TrainConfig
+from hf_ws.training.config import TrainConfig
+from hf_ws.training.data import Document, Packed, check_ids, load_text, pack, split_held_out, text_files
 
 if TYPE_CHECKING:
     import datasets

@@ -25,20 +25,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_ws._version import __version__
-from hf_ws.compare_report import Arm, Comparison
-from hf_ws.data import Packed, load_text, pack, split_held_out
+from hf_ws.compare.report import Arm, Comparison
 from hf_ws.distill.teacher import load_tokenizer
 from hf_ws.errors import DataError, DivergenceError, PlanError
-from hf_ws.run_folder import write_json
 from hf_ws.store import check_output
 from hf_ws.training import TrainConfig, train
-from hf_ws.training_job import as_dataset, print_of_blocks, print_of_model
+from hf_ws.training.data import Packed, load_text, pack, split_held_out
+from hf_ws.training.job import as_dataset, print_of_blocks, print_of_model
+from hf_ws.training.run_folder import write_json
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Arm", "Comparison", "compare"]
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from hf_ws import run_folder
 from hf_ws.errors import DivergenceError
-from hf_ws.training_job import Job
+from hf_ws.training import run_folder
+from hf_ws.training.job import Job
 
 
 class Recorder(TrainerCallback):
