@@ -357,14 +357,16 @@ def _hints(
     for axis, size in asked.items():
         if isinstance(size, bool) or not isinstance(size, int) or axis == LAYERS:
             continue
-        legal = []
-        for candidates in (
+        smaller, larger = (
             range(min(size, 2**20) - 1, max(0, size - 513), -1),
             range(max(size, 0) + 1, size + 513),
-        ):
-            legal += [
-                c for c in candidates if _attempt(config, {**asked, axis: c}, kept, fields)[1] is not None
-            ][:1]
+        )
+        legal = []
+        for candidates in (smaller, larger):
+            for candidate in candidates:
+                if _attempt(config, {**asked, axis: candidate}, kept, fields)[1] is not None:
+                    legal.append(candidate)
+                    break
         if legal:
             yield f"nearest legal: {axis}={' or '.join(map(str, legal))}"
 
