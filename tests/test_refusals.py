@@ -232,7 +232,7 @@ def test_sizes_that_this_source_cannot_give(saved: Path, ask: dict[str, Any], me
         ({"hidden": 12, "hidden_size": 18}, r"hidden is given twice: hidden=12 and hidden_size=18"),
         (
             {"method": "subclon"},
-            r"method 'subclon' is unknown; known are random, subclone, weight_selection, .*did you mean 'subclone'",
+            r"method 'subclon' is unknown; known are random, .*did you mean 'subclone'",
         ),
         ({"method": 3}, r"method 3 is unknown"),
         ({"method": {}}, r"method \{\} is unknown"),
@@ -275,7 +275,7 @@ def test_calibration_data_that_says_nothing(saved: Path, calibration: Any, messa
     refused(saved, CalibrationError, message, hidden=12, calibration=calibration)
 
 
-# ------------------------------------------------------------------------------------------------ the source is only read
+# -------------------------------------------------------------------------------------- the source is only read
 
 
 def test_the_source_is_never_changed(folder: Path) -> None:
