@@ -175,7 +175,7 @@ def derive_config(
     """The config of another size: what is asked for, and what follows from it.
 
     `head_dim` stays, so `heads` follows `hidden`; the ratio of query heads to key/value heads stays, or becomes the
-    nearest legal one; the ratio of `ffn` to `hidden` stays, rounded to a multiple of 64 (or of what the source's
+    nearest legal one that gives no key/value head more query heads than it had; the ratio of `ffn` to `hidden` stays, rounded to a multiple of 64 (or of what the source's
     own is a multiple of, if that is less). Lists with one entry per layer follow the kept layers.
 
     Args:
@@ -231,6 +231,8 @@ def read_request(
     known = set(config.to_dict()) | set(config.attribute_map) | {"num_labels"}
     for name, value in fields.items():
         axis = spelled.get(name)
+        if name in ("id2label", "label2id") and value and sizes.setdefault(LABELS, len(value)) != len(value):
+            raise PlanError(f"labels is given twice: labels={sizes[LABELS]}, and {name} has {len(value)}")
         if axis is not None and (name in known or axis in sizes_of(config)):
             if value is not None and sizes.setdefault(axis, value) != value:
                 raise PlanError(f"{axis} is given twice: {axis}={sizes[axis]} and {name}={value}")
@@ -256,6 +258,8 @@ def _attempt(
     if problems:
         return problems, None
     changed = {axis: size for axis, size in target.items() if size != source[axis] or axis in asked}
+    if HEADS in changed:  # where the field may be empty (Mixtral), it would follow hidden / heads
+        changed[HEAD_DIM] = target[HEAD_DIM]
     if kept is None and target[LAYERS] != source[LAYERS]:
         kept = [min(i, source[LAYERS] - 1) for i in range(target[LAYERS])]
     try:
@@ -299,7 +303,8 @@ def _follow(config: Config, source: Mapping[str, int], asked: Mapping[str, int])
         if HEADS not in asked:
             target[HEAD_DIM] = source[HEAD_DIM]
     if KV_HEADS not in asked and target[HEADS]:
-        target[KV_HEADS] = _nearest_divisor(target[HEADS], target[HEADS] * source[KV_HEADS] / source[HEADS])
+        width = source[HEADS] / source[KV_HEADS]  # wider groups no selection of whole heads could give
+        target[KV_HEADS] = min(d for d in _divisors(target[HEADS]) if target[HEADS] <= d * width)
     for axis in (FFN, MOE_FFN):
         if axis in source and axis not in asked and HIDDEN in asked:
             unit = math.gcd(64, source[axis])
@@ -313,9 +318,8 @@ def _follow(config: Config, source: Mapping[str, int], asked: Mapping[str, int])
     return target
 
 
-def _nearest_divisor(number: int, wanted: float) -> int:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), -d))
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _violations(

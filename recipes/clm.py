@@ -1,6 +1,6 @@
 """Continue the pretraining of a causal language model, from a teacher too if one is given.
 
-    hf-ws subclone gpt2-large --hidden 512 --output students/gpt2-512
+    hf-ws subclone gpt2-large students/gpt2-512 --hidden 512
     accelerate launch recipes/clm.py --config recipes/configs/gpt2-large-to-512.yaml --output runs/gpt2-512
 
     # a minute on a CPU, in one process or two
