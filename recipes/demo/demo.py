@@ -22,6 +22,7 @@ from hf_ws import AutoSubclone
 from hf_ws.compare import compare
 from hf_ws.errors import HfWsError
 from hf_ws.hub import save, source_folder
+from hf_ws.store import check_output
 from hf_ws.training.data import load_text, pack, split_held_out
 
 SOURCE = Path(__file__).parent / "source"
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder to write; runs/demo-<time> if not given")
     args = parser.parse_args()
     output = args.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    check_output(output)
 
     print("1. The plan: half the hidden size, three quarters of the layers. Only config.json is read.\n")
     sizes = student_sizes(args.source)
