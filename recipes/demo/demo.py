@@ -34,7 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", default=str(SOURCE), help="Hub id or folder of a causal language model")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of 4,096 tokens")
     parser.add_argument("--output", type=Path, help="folder to write; runs/demo-<time> if not given")
     args = parser.parse_args()
     output = args.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
