@@ -699,7 +699,11 @@ def test_a_method_that_gains_what_it_should_not_is_refused() -> None:
         AutoSubclone.plan(families.model("llama"), hidden=32, method=wrong)
 
 
-@pytest.mark.parametrize("policy", [[1, 2], (1, 2), range(1, 3), lambda depth, keep: (1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [[1, 2], (1, 2), range(1, 3), lambda depth, keep: (1, 2)],
+    ids=lambda policy: type(policy).__name__,
+)
 def test_layers_may_be_named_or_chosen_by_a_callable(policy: Any) -> None:
     source = families.model("llama")
     ask = {"layers": 2} if callable(policy) else {}
