@@ -174,9 +174,10 @@ def derive_config(
 ) -> Config:
     """The config of another size: what is asked for, and what follows from it.
 
-    `head_dim` stays, so `heads` follows `hidden`; the ratio of query heads to key/value heads stays, or becomes the
-    nearest legal one that gives no key/value head more query heads than it had; the ratio of `ffn` to `hidden` stays, rounded to a multiple of 64 (or of what the source's
-    own is a multiple of, if that is less). Lists with one entry per layer follow the kept layers.
+    `head_dim` stays, so `heads` follows `hidden`. The ratio of query heads to key/value heads stays, or becomes the
+    nearest legal one that gives no key/value head more query heads than it had. The ratio of `ffn` to `hidden` stays,
+    rounded to a multiple of 64 (or of what the source's own is a multiple of, if that is less). Lists with one entry
+    per layer follow the kept layers.
 
     Args:
         config: The source's config; not changed.
@@ -226,14 +227,18 @@ def read_request(
     config: Config, asked: Mapping[str, int], fields: Mapping[str, Any]
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """What was asked for, as sizes by axis and other fields in the class's own spelling. Raises as `derive_config`."""
-    sizes, rest = dict(asked), {}
+    sizes, rest = dict(asked), dict[str, Any]()
     spelled = {name: axis for axis, names in FIELDS.items() for name in (*names, axis)}
     known = set(config.to_dict()) | set(config.attribute_map) | {"num_labels"}
     for name, value in fields.items():
         axis = spelled.get(name)
-        if name in ("id2label", "label2id") and value and sizes.setdefault(LABELS, len(value)) != len(value):
-            raise PlanError(f"labels is given twice: labels={sizes[LABELS]}, and {name} has {len(value)}")
-        if axis is not None and (name in known or axis in sizes_of(config)):
+        if name in ("id2label", "label2id") and value:
+            pairs = value.items() if name == "id2label" else ((i, label) for label, i in value.items())
+            names = {int(i): label for i, label in pairs}
+            rest |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+            if sizes.setdefault(LABELS, len(names)) != len(names):
+                raise PlanError(f"labels is given twice: {sizes[LABELS]}, and {len(names)} in {name}")
+        elif axis is not None and (name in known or axis in sizes_of(config)):
             if value is not None and sizes.setdefault(axis, value) != value:
                 raise PlanError(f"{axis} is given twice: {axis}={sizes[axis]} and {name}={value}")
         elif name in known:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
+    BertConfig,
     CodeGenConfig,
     FalconConfig,
     Gemma2Config,
@@ -168,9 +169,26 @@ def test_kv_heads_keep_their_ratio_or_come_as_near_as_is_legal(groups: int, widt
         hidden_size=4 * groups * width, num_attention_heads=groups * width, num_key_value_heads=groups
     )
     got = derive_config(config, hidden=4 * heads).num_key_value_heads
-    wanted = heads / width
     assert heads % got == 0
-    assert all(abs(got - wanted) <= abs(d - wanted) for d in range(1, heads + 1) if heads % d == 0)
+    assert heads // got <= width  # no group gets wider: whole groups could not be selected
+    assert not any(heads % d == 0 and heads / d <= width for d in range(1, got))
+
+
+def test_a_mixtral_may_have_fewer_heads_alone() -> None:
+    """Its head_dim may be left open in the config, and would then follow hidden / heads."""
+    source = MixtralConfig()
+    assert source.head_dim is None
+    assert sizes_of(derive_config(source, heads=16))["head_dim"] == 128
+    assert derive_config(source, layers=3).head_dim is None
+
+
+def test_labels_may_be_given_by_name() -> None:
+    names, numbers = {0: "bad", 1: "fair", 2: "good"}, {"bad": 0, "fair": 1, "good": 2}
+    for ask in ({"id2label": names}, {"label2id": numbers}, {"num_labels": 3, "id2label": names}):
+        small = derive_config(BertConfig(num_labels=4), **ask)
+        assert (small.num_labels, small.id2label, small.label2id) == (3, names, numbers)
+    with pytest.raises(PlanError, match="labels is given twice: 5, and 3 in id2label"):
+        derive_config(BertConfig(num_labels=4), num_labels=5, id2label=names)
 
 
 @given(ffn=st.integers(1, 3000), hidden=st.integers(1, 60).map(lambda n: 4 * n))
