@@ -9,12 +9,11 @@ print(plan)
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,13 +21,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ws import store
-from hf_ws.axes import AXES, HEAD_DIM, HEADS, KV_HEADS, LABELS, LAYERS
-from hf_ws.depth import POLICIES, LayerPolicy
-from hf_ws.errors import PlanError, SizeError, UnsupportedArchitectureError
+from hf_ws.axes import AXES, LAYERS
+from hf_ws.depth import LayerPolicy, kept_layers
+from hf_ws.errors import PlanError, UnsupportedArchitectureError, unknown
 from hf_ws.evidence import calibrate
 from hf_ws.layouts import Certificate
 from hf_ws.layouts import certify as certify_class
-from hf_ws.layouts.infer import build_on_meta
+from hf_ws.layouts.census import census, check_census, check_same_parts
 from hf_ws.methods import METHODS, Method, Request
 from hf_ws.plan import Plan, Rank
 from hf_ws.sizes import derive_config, read_request, sizes_of
@@ -113,12 +112,11 @@ class AutoSubclone:
             CheckpointError: a source that cannot be read or is not what its config says.
             CalibrationError: calibration data that is empty or unusable.
         """
-        ask, of_type = _Ask.of(locals()), _dtype(dtype)
+        ask = _Ask.of(locals())
         with store.open_source(source, model_class=model_class, **ask.where) as opened:
-            plan = _settled(
-                _planned(opened.config, opened.model_class, opened.name, opened.revision, ask), opened, ask
-            )
-            model = apply(plan, opened, dtype=of_type, device=device)
+            plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
+            plan = _settled(plan, opened, ask)
+            model = apply(plan, opened, device=device)
         model.hf_ws_plan = plan  # how it was made, for whoever saves or distils it; no part of the checkpoint
         return model
 
@@ -157,7 +155,6 @@ class AutoSubclone:
         Args and errors are those of `from_pretrained`.
         """
         ask = _Ask.of(locals())
-        _dtype(dtype)
         if calibration is not None:
             with store.open_source(source, model_class=model_class, **ask.where) as opened:
                 plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
@@ -182,6 +179,10 @@ def apply_plan(
     local_files_only: bool = False,
 ) -> PreTrainedModel:
     """`Plan.apply`: the model that a plan describes."""
+    if source is None and plan.revision is None and not Path(plan.source).is_dir():
+        raise PlanError(
+            f"this plan was made for {plan.source}, which is no folder here: give the source to apply it"
+        )
     with store.open_source(
         plan.source if source is None else source,
         model_class=plan.model_class,
@@ -190,25 +191,30 @@ def apply_plan(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     ) as opened:
-        if calibration is not None and not _wants_data(plan):
+        if calibration is not None and not plan.wants_data:
             raise PlanError(f"this {plan.method} plan ranks nothing by activation: leave calibration= out")
         settled = _settled(plan, opened, _Ask(calibration=calibration, device=device))
-        model = apply(settled, opened, dtype=_dtype(dtype), device=device)
+        if (asked := _dtype(dtype)) is not None:
+            values = {**plan.target_config, "dtype": str(asked).removeprefix("torch.")}
+            settled = replace(settled, target_config=values)
+        model = apply(settled, opened, device=device)
     model.hf_ws_plan = settled
     return model
 
 
-def certify(model: type[PreTrainedModel] | PreTrainedConfig) -> Certificate:
+def certify(model: type[PreTrainedModel] | PreTrainedConfig | PreTrainedModel) -> Certificate:
     """Prove the layouts of a model class, or of the class that a config belongs to.
 
     Args:
-        model: A class (its default config is taken) or a config.
+        model: A class (its default config is taken), a config, or a live model.
 
     Raises:
         UnsupportedArchitectureError: the class could not be proven, with the axis that failed.
     """
     if isinstance(model, PreTrainedConfig):
         return certify_class(store.model_class(model), model)
+    if isinstance(model, PreTrainedModel):
+        return certify_class(type(model), model.config)
     config_class = getattr(model, "config_class", None)
     if config_class is None:
         raise UnsupportedArchitectureError(f"{model!r} is neither a config nor a Transformers model class")
@@ -263,12 +269,11 @@ def _planned(
     depth = sizes_of(config)[LAYERS]
     grows = bool(getattr(method, "grows", False))
     policy = getattr(method, "layer_policy", "first") if ask.layer_policy is None else ask.layer_policy
-    kept = _kept(policy, depth, sizes.pop(LAYERS, None), grows)
+    kept = kept_layers(policy, depth, sizes.pop(LAYERS, None), grows)
     target = derive_config(config, kept=kept, **sizes, **fields)
     target.architectures = [model_class.__name__]
     target.dtype = ask.dtype or config.dtype
-    if not grows:
-        _refuse_growth(config, target, certificate, _name(ask.method))
+    before, after = census(model_class, config), census(model_class, target)
     request = Request(
         source=name,
         revision=revision,
@@ -276,15 +281,21 @@ def _planned(
         target_config=target,
         certificate=certificate,
         layers=kept,
-        parameters=(_count(model_class, config), _count(model_class, target)),
+        parameters=(sum(map(math.prod, before.values())), sum(map(math.prod, after.values()))),
         method=_name(ask.method),
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,
     )
+    if not grows:
+        request.check_growth()
     plan = method(request, **ask.method_args)
     if not isinstance(plan, Plan):
         raise PlanError(f"method {_name(ask.method)} returned a {type(plan).__name__}, wanted is a Plan")
+    if not plan.is_fresh("*"):
+        check_census(before, config, certificate)
+        check_same_parts(before, after, kept, certificate)
+        check_census(after, target, certificate)
     return plan
 
 
@@ -293,22 +304,19 @@ def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
     if plan.is_settled:
         return settle(plan, opened)
     evidence = None
-    if ask.calibration is not None and _wants_data(plan):
+    if ask.calibration is not None and plan.wants_data:
         model = opened.model()
         if opened.files is not None:  # a live source stays where its owner put it
             model = model.to(ask.device or "cpu")
         evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened))
-    elif any(isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()):
+    elif ask.calibration is None and any(
+        isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()
+    ):
         logger.warning(
             "no calibration data: ranked by weight magnitude. Importance by activation is the better start; "
             "pass calibration= with some text"
         )
     return settle(plan, opened, evidence)
-
-
-def _wants_data(plan: Plan) -> bool:
-    """Whether a score is still open that looks at more than weights."""
-    return any(isinstance(m, Rank) and m.score != "magnitude" for m in plan.maps.values())
 
 
 def _label(source: SourceLike) -> str:
@@ -318,7 +326,11 @@ def _label(source: SourceLike) -> str:
 def _tokenizer(opened: store.Source) -> PreTrainedTokenizerBase | None:
     if opened.files is None or not list(opened.files.glob("*token*")):
         return None
-    return AutoTokenizer.from_pretrained(opened.files, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(opened.files, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever keeps it from loading matters only if there are texts to tokenize
+        logger.warning("the source's tokenizer cannot be loaded: %s", " ".join(str(error).split()))
+        return None
 
 
 def _name(method: str | Method) -> str:
@@ -326,75 +338,15 @@ def _name(method: str | Method) -> str:
 
 
 def _method(method: str | Method, arguments: Mapping[str, Any]) -> Method:
-    found = _named(method, METHODS, "method")
+    if not callable(method) and not (isinstance(method, str) and method in METHODS):
+        raise unknown("method", method, METHODS)
+    found = method if callable(method) else METHODS[method]
     try:
         inspect.signature(found).bind(None, **arguments)
     except TypeError as error:
         options = ", ".join(list(inspect.signature(found).parameters)[1:]) or "none"
         raise PlanError(f"method {_name(method)}: {error}; its options are: {options}") from None
     return found
-
-
-def _named(value: Any, table: Mapping[str, Any], kind: str) -> Any:
-    if callable(value):
-        return value
-    if not isinstance(value, str) or value not in table:
-        near = difflib.get_close_matches(str(value), table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(
-            f"{kind} {value!r} is unknown; known are {', '.join(table)}, or pass a callable{hint}"
-        )
-    return table[value]
-
-
-def _kept(policy: Any, depth: int, asked: int | None, grows: bool) -> tuple[int, ...]:
-    """The source layer of each target layer."""
-    if isinstance(policy, Sequence) and not isinstance(policy, str):
-        kept = tuple(policy)
-        if asked is not None and asked != len(kept):
-            raise SizeError(f"layers={asked}, but layer_policy names {len(kept)}: {list(kept)}")
-    else:
-        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
-            raise SizeError(f"layers={asked!r}: wanted is a whole number, 1 to {depth}")
-        keep = depth if asked is None else asked
-        if keep > depth:
-            if not grows:
-                raise SizeError(
-                    f"layers={keep} is more than the source's {depth}, and this method cannot grow"
-                )
-            return (*range(depth), *[depth - 1] * (keep - depth))
-        kept = tuple(_named(policy, POLICIES, "layer_policy")(depth, keep))
-        if len(kept) != keep:
-            raise PlanError(
-                f"layer_policy {policy!r} kept {len(kept)} layers, {keep} were asked for: {list(kept)}"
-            )
-    if not kept or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth for i in kept):
-        raise SizeError(f"layers {list(kept)}: allowed are 0 to {depth - 1}, at least one of them")
-    if not grows and list(kept) != sorted(set(kept)):
-        raise SizeError(
-            f"layers {list(kept)} are not in ascending order, or repeat; this method only drops layers"
-        )
-    return kept
-
-
-def _refuse_growth(
-    config: PreTrainedConfig, target: PreTrainedConfig, certificate: Certificate, method: str
-) -> None:
-    before, after = sizes_of(config), sizes_of(target)
-    axes = {*certificate.axes, HEADS, KV_HEADS, HEAD_DIM} - {LABELS}
-    grown = [
-        f"{axis} from {before[axis]} to {after[axis]}"
-        for axis in AXES
-        if axis in axes and after[axis] > before[axis]
-    ]
-    if grown:
-        raise SizeError(
-            f"{method} cannot grow {', '.join(grown)}; ask for at most the source's size, or for a method that grows"
-        )
-
-
-def _count(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
-    return sum(p.numel() for p in build_on_meta(model_class, deepcopy(config)).parameters())
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -18,6 +18,9 @@ that a caller would expect, so `except ValueError` keeps working.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HfWsError(Exception):
     """Base of every error of this library; the command line prints it in one line and exits with `exit_code`."""
@@ -77,3 +80,11 @@ class OutputError(HfWsError, OSError):
     """An output that cannot be written; what was there before is untouched."""
 
     exit_code = 4
+
+
+def unknown(kind: str, value: object, known: Iterable[str]) -> PlanError:
+    """The error for a name that is in no table, with the nearest that is."""
+    names = list(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return PlanError(f"{kind} {value!r} is unknown; known are {', '.join(names)}, or pass a callable{hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_ws import UnsupportedArchitectureError, certify
 from hf_ws.layouts.certify import TOLERANCE, prove
@@ -104,3 +104,17 @@ def test_head_and_its_norm_are_found() -> None:
     assert gemma.head_norm == ()  # multiplies by one plus its gain: no factor can move there
     assert olmo.head_norm == ()  # has no gain
     assert gpt2.tied == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize("model_type", ["minimax_m2", "glm4_moe", "apertus"])
+def test_a_class_with_state_outside_its_parameters_is_refused(model_type: str) -> None:
+    """A router's correction bias is a buffer: transferred parameters alone would be another function."""
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"keeps part of its state in buffers \(model\.layers\.\d"
+    ):
+        certify(CONFIG_MAPPING[model_type]())
+
+
+def test_a_live_model_may_be_certified() -> None:
+    source = families.model("llama")
+    assert certify(source) == certify(source.config)

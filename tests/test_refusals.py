@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from hf_ws.errors import (
     SizeError,
     UnsupportedArchitectureError,
 )
+from hf_ws.layouts.census import census, check_census
+from tests import families
 from tests.tiny_checkpoints import digest, edit_config, edit_weights, make
 
 
@@ -303,3 +306,58 @@ def test_a_live_source_keeps_its_config() -> None:
     before = json.dumps(source.config.to_dict(), sort_keys=True, default=str)
     AutoSubclone.from_pretrained(source, hidden=12, layers=1)
     assert json.dumps(source.config.to_dict(), sort_keys=True, default=str) == before
+
+
+# ------------------------------------------------------------------------------------------------ another kind of model
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            {"attention_bias": True},
+            r"has parameters that its source lacks: .*k_proj\.bias, .* and 5 more; leave",
+        ),
+        ({"tie_word_embeddings": True}, r"would lose: lm_head\.weight; leave the config field"),
+    ],
+)
+def test_fields_that_change_what_the_model_is_made_of(saved: Path, ask: dict[str, Any], message: str) -> None:
+    refused(saved, PlanError, message, hidden=12, **ask)
+    AutoSubclone.from_pretrained(
+        saved, hidden=12, method="random", **ask
+    )  # which takes nothing from the source
+
+
+def test_a_bias_is_not_left_behind() -> None:
+    source = families.model("llama_tied")  # has biases
+    with pytest.raises(PlanError, match=r"would lose: .*k_proj\.bias"):
+        AutoSubclone.plan(source, attention_bias=False)
+
+
+def test_tied_embeddings_may_be_untied() -> None:
+    source = families.model("llama_tied")
+    target = AutoSubclone.from_pretrained(source, tie_word_embeddings=False)
+    assert target.lm_head.weight is not target.model.embed_tokens.weight
+    assert torch.equal(families.logits(source), families.logits(target))
+
+
+def test_heads_that_their_storage_does_not_allow() -> None:
+    with pytest.raises(SizeError, match=r"qkv_proj.weight: heads=6 is stored in 4 equal blocks"):
+        AutoSubclone.plan(families.model("codegen"), hidden=48)
+
+
+def test_heads_that_would_grow_name_the_width_that_goes_with_them() -> None:
+    with pytest.raises(SizeError, match=r"cannot grow head_dim from 8 to 16; .*heads=4 goes with hidden=32"):
+        AutoSubclone.plan(families.model("gpt2"), heads=4)
+
+
+def test_a_layer_kind_the_miniature_did_not_have() -> None:
+    certificate = certify(families.model("qwen3_moe_mixed"))
+    dense = {name: text for name, text in certificate.layouts.items() if "experts" not in name}
+    config = families.config("qwen3_moe_mixed")
+    shapes = census(families.model_class("qwen3_moe_mixed"), config)
+    check_census(shapes, config, certificate)
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"experts.*the proven layouts have no such parameter"
+    ):
+        check_census(shapes, config, replace(certificate, layouts=dense))

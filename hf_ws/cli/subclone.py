@@ -74,7 +74,7 @@ def subclone(
 
 def _made(source: str, flags: Flags, plan: Path | None) -> PreTrainedModel:
     from hf_ws.auto import AutoSubclone
-    from hf_ws.plan import Plan, Rank
+    from hf_ws.plan import Plan
 
     if plan is None:
         return AutoSubclone.from_pretrained(source, **flags.arguments())
@@ -82,8 +82,7 @@ def _made(source: str, flags: Flags, plan: Path | None) -> PreTrainedModel:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in clash)
         raise PlanError(f"--plan already says what {named} would; drop it, or drop --plan")
     loaded = Plan.load(plan)
-    open_scores = {ranked.score for ranked in loaded.maps.values() if isinstance(ranked, Rank)}
-    if flags.calibration and not open_scores - {"magnitude"}:
+    if flags.calibration and not loaded.wants_data:
         raise PlanError(
             f"{plan} ranks nothing by activation; make the plan with --calibration, or drop it here"
         )

@@ -100,7 +100,9 @@ def infer(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Infer
         raise UnsupportedArchitectureError(
             f"{model_class.__name__}: no module list grows with {field_of(config, LAYERS)}; its layers were not found"
         )
-    if kept := sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
+    if kept := sorted(
+        model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    ):
         raise UnsupportedArchitectureError(
             f"{model_class.__name__} keeps part of its state in buffers ({', '.join(kept[:3])}), and only parameters "
             "are transferred"

@@ -1,0 +1,71 @@
+"""What parameters a model of full size has, and whether the plan's layouts speak of all of them.
+
+A miniature is proven; this compares it with the models that are meant. It catches what a miniature cannot show (a
+kind of layer it does not have) and config fields that add a part to the target, or take one away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_ws.axes import length, parse
+from hf_ws.errors import PlanError, SizeError, UnsupportedArchitectureError
+from hf_ws.layouts.certify import Certificate
+from hf_ws.layouts.infer import build_on_meta, generic
+from hf_ws.sizes import sizes_of
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def census(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
+    """The shape of every parameter of `model_class(config)`; what is tied is there once."""
+    model = build_on_meta(model_class, deepcopy(config))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_census(shapes: Shapes, config: PreTrainedConfig, certificate: Certificate) -> None:
+    """Refuse a model with a parameter that no layout spells, or spells in another shape.
+
+    Raises:
+        UnsupportedArchitectureError: with the parameter's name.
+        SizeError: a size that its storage does not allow.
+    """
+    sizes = sizes_of(config)
+    spelled: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        text = certificate.layouts.get(certificate.pattern(name))
+        if text is not None and text not in spelled:
+            try:
+                spelled[text] = tuple(length(dim, sizes) for dim in parse(text))
+            except ValueError as error:
+                raise SizeError(f"{certificate.model_class}: {name}: {error}") from error
+        if text is None or spelled[text] != shape:
+            wanted = "no such parameter" if text is None else f"{text}, which is {list(spelled[text])}"
+            raise UnsupportedArchitectureError(
+                f"{certificate.model_class}: {name} is {list(shape)}, but the proven layouts have {wanted}; a field of "
+                "the config makes it a model of another kind"
+            )
+
+
+def check_same_parts(source: Shapes, target: Shapes, kept: Sequence[int], certificate: Certificate) -> None:
+    """Refuse a target that has no place for something in the kept layers of its source, or the reverse.
+
+    Raises:
+        PlanError: with the parameters' names.
+    """
+    wanted: set[str] = set()
+    for name in target:
+        pattern, layer = generic(name, certificate.stacks)
+        wanted.add(name if layer is None else pattern.replace("*", str(kept[layer]), 1))
+    had = {name for name in source if generic(name, certificate.stacks)[1] in (None, *kept)}
+    new = sorted(name for name in wanted - had if name not in certificate.tied)
+    for names, wrong in ((new, "has parameters that its source lacks"), (sorted(had - wanted), "would lose")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise PlanError(
+                f"the target {wrong}: {', '.join(names[:3])}{more}; leave the config field that changes this as the "
+                "source has it"
+            )
