@@ -10,6 +10,7 @@ reads `(heads head_dim)` each head's context; every block's output is the residu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from hf_ws.axes import FFN, HEADS, HIDDEN, MOE_FFN, VOCAB, Dim, coordinates, parse
+from hf_ws.axes import FFN, HEADS, HIDDEN, MOE_FFN, POSITIONS, VOCAB, Dim, coordinates, parse
 from hf_ws.errors import CalibrationError
 from hf_ws.layouts import Certificate, certify, generic
 from hf_ws.sizes import sizes_of
@@ -52,33 +53,42 @@ def calibrate(
     """
     certificate = certificate or certify(type(model), model.config)
     collector = _Collector(model, certificate)
-    was_training = model.training
+    longest = sizes_of(model.config)[POSITIONS] if POSITIONS in certificate.axes else None
+    # No logits are looked at: of one token they cost nothing, of all they are larger than everything else.
+    spare = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), collector:
-            for inputs in tqdm(list(_inputs(data, tokenizer)), desc="calibrating", unit="batch", delay=2):
-                _check_ids(inputs.get("input_ids"), model.config)
+            for inputs in tqdm(
+                list(_inputs(data, tokenizer, longest)), desc="calibrating", unit="batch", delay=2
+            ):
+                _check_ids(inputs.get("input_ids"), model.config, longest)
                 collector.mask = inputs.get("attention_mask")
                 moved = {name: value.to(model.device) for name, value in inputs.items()}
-                model(**moved)
+                model(**moved, **({} if "labels" in moved else spare))
     finally:
-        model.train(was_training)
+        for module, was in training.items():
+            module.training = was
     return collector.means()
 
 
-def _inputs(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[dict[str, Tensor]]:
+def _inputs(
+    data: Any, tokenizer: PreTrainedTokenizerBase | None, longest: int | None
+) -> Iterator[dict[str, Tensor]]:
     """Keyword inputs of the model, one batch at a time."""
     if hasattr(data, "column_names"):
-        columns = data.column_names
+        columns = data.column_names or list(next(iter(data), {}))  # a stream may not know its own
         if "input_ids" not in columns and "text" not in columns:
             raise CalibrationError(
                 f"the calibration dataset has columns {columns}; it needs text or input_ids"
             )
-        data = list(data["input_ids"]) if "input_ids" in columns else list(data["text"])
+        column = "input_ids" if "input_ids" in columns else "text"
+        data = [row[column] for row in data.select_columns(column)]
     if isinstance(data, str | Mapping):
         data = [data]
     if isinstance(data, list) and data and isinstance(data[0], str):
-        data = _tokenize(data, tokenizer)
+        data = _tokenize(data, tokenizer, longest)
     if isinstance(data, list) and data and not isinstance(data[0], Mapping):
         if not all(hasattr(row, "__len__") for row in data):
             raise CalibrationError(
@@ -116,16 +126,20 @@ def _inputs(data: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[di
         )
 
 
-def _check_ids(ids: Any, config: PreTrainedConfig) -> None:
+def _check_ids(ids: Any, config: PreTrainedConfig, longest: int | None) -> None:
     vocab = sizes_of(config)[VOCAB]
     if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise CalibrationError(
             f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, the model knows 0 to {vocab - 1}; "
             "tokenize with the source's own tokenizer"
         )
+    if ids is not None and longest is not None and ids.shape[-1] > longest:
+        raise CalibrationError(
+            f"calibration sequences have {ids.shape[-1]} tokens, the model knows {longest} positions; cut them"
+        )
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, longest: int | None) -> Tensor:
     """Token ids [sequences, BLOCK], the texts end to end; one shorter row if there is less."""
     if tokenizer is None:
         raise CalibrationError(
@@ -134,7 +148,7 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Te
     ids = torch.tensor([i for row in tokenizer(texts, verbose=False)["input_ids"] for i in row])
     if not len(ids):
         raise CalibrationError("the calibration texts hold no tokens; give at least one sentence")
-    block = min(BLOCK, len(ids), getattr(tokenizer, "model_max_length", BLOCK))
+    block = min(BLOCK, len(ids), getattr(tokenizer, "model_max_length", BLOCK), longest or BLOCK)
     return ids[: len(ids) // block * block].view(-1, block).long()
 
 

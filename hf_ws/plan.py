@@ -31,6 +31,8 @@ class Gather:
     index: tuple[int, ...]
     size: int
     """The axis's length in the source."""
+    by: str = ""
+    """The score that these were the highest by; empty if none was asked."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -44,11 +46,12 @@ class Gather:
         if self.index == tuple(range(self.size)):
             return "all"
         steps = set(np.diff(self.index).tolist())
+        why = f" (highest by {self.by})" if self.by else ""
         if steps == {1} or len(self) == 1:
-            return f"{self.index[0]} to {self.index[-1]}" if len(self) > 1 else str(self.index[0])
+            return (f"{self.index[0]} to {self.index[-1]}" if len(self) > 1 else str(self.index[0])) + why
         every = f", every {_ordinal(steps.pop())}" if len(steps) == 1 and min(steps) > 1 else ""
         shown = ", ".join(map(str, self.index[:4])) + (", ..." if len(self) > 4 else "")
-        return f"{len(self)} of {self.size}{every}: {shown}"
+        return f"{len(self)} of {self.size}{every}: {shown}{why}"
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,11 @@ class Plan:
         """Whether every index is known; if not, `settle` reads the weights or the data and settles them."""
         return all(isinstance(axis_map, Gather) for axis_map in self.maps.values())
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether a score is still open that looks at more than weights."""
+        return any(isinstance(m, Rank) and m.score != "magnitude" for m in self.maps.values())
+
     def with_maps(self, maps: Mapping[str, AxisMap], **changes: Any) -> Plan:
         """This plan with other maps."""
         return replace(self, maps=dict(maps), **changes)
@@ -286,7 +294,12 @@ class Plan:
         ]
 
     def _keeps(self, axis: str) -> str:
-        if self.is_fresh("*"):
+        names = [
+            name
+            for name, text in self.layouts.items()
+            if axis in {a for dim in parse(text) for a in dim.axes} | ({LAYERS} if "*" in name else set())
+        ]
+        if self.is_fresh("*") or (names and all(map(self.is_fresh, names))):
             return "nothing: every weight is new"
         if axis == LAYERS:
             return str(Gather(self.layers, self.source_sizes[LAYERS]))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_ws.axes import HEADS, KV_HEADS, parse
 from hf_ws.errors import CheckpointError, PlanError
@@ -41,6 +39,8 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
     def score(axis: str, layer: int | None, by: str) -> Tensor:
         key = (axis, layer, by)
         if key not in scores:
+            if by not in SCORES:
+                raise PlanError(f"score {by!r} is unknown; known are {', '.join(SCORES)}")
             scores[key] = SCORES[by](source, certificate, evidence, axis, layer).double()
             if not scores[key].isfinite().all():
                 where = "the whole model" if layer is None else f"layer {layer}"
@@ -61,13 +61,17 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         layer = plan.layers[int(scope)] if scope else None
         if axis == KV_HEADS:
             of_heads = score(HEADS, layer, axis_map.score)
-            maps[key] = Gather(_top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep), axis_map.size)
+            kept = _top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep)
         elif axis == HEADS:
             groups = maps.get(f"{KV_HEADS}@{scope}" if scope else KV_HEADS)
-            assert isinstance(groups, Gather), "a method ranks heads inside kv groups that it has mapped too"
-            maps[key] = _heads(score(HEADS, layer, axis_map.score), groups, axis_map)
+            if not isinstance(groups, Gather):
+                raise PlanError(
+                    f"{key} is ranked and its {KV_HEADS} have no map; a method gives both or neither"
+                )
+            kept = _heads(score(HEADS, layer, axis_map.score), groups, axis_map.keep)
         else:
-            maps[key] = Gather(_top(score(axis, layer, axis_map.score), axis_map.keep), axis_map.size)
+            kept = _top(score(axis, layer, axis_map.score), axis_map.keep)
+        maps[key] = Gather(kept, axis_map.size, axis_map.score)
     return plan.with_maps(maps, fingerprint=source.fingerprint)
 
 
@@ -76,16 +80,14 @@ def _top(scores: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(sorted(best.tolist()))
 
 
-def _heads(scores: Tensor, groups: Gather, rank: Rank) -> Gather:
+def _heads(scores: Tensor, groups: Gather, keep: int) -> tuple[int, ...]:
     """In each kept kv group, the heads that score highest."""
     inside = scores.view(groups.size, -1)
-    keep, width = rank.keep // len(groups), inside.shape[1]
-    return Gather(tuple(g * width + i for g in groups.index for i in _top(inside[g], keep)), rank.size)
+    width = inside.shape[1]
+    return tuple(g * width + i for g in groups.index for i in _top(inside[g], keep // len(groups)))
 
 
-def apply(
-    plan: Plan, source: Source, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> PreTrainedModel:
+def apply(plan: Plan, source: Source, *, device: torch.device | str | None = None) -> PreTrainedModel:
     """The target: a stock model of the plan's class with the source's weights, in evaluation mode.
 
     Tensors are read one at a time, so the memory needed is the target's own. A parameter the plan calls fresh is
@@ -94,7 +96,6 @@ def apply(
     Args:
         plan: A settled plan.
         source: What the plan was made for; only read.
-        dtype: Of the target's floating-point tensors; the plan's if None, and the source's if that is open too.
         device: Where the target's tensors go; the CPU if None.
 
     Raises:
@@ -102,19 +103,13 @@ def apply(
     """
     if not plan.is_settled:
         raise PlanError("this plan leaves indices open; settle it first")
-    config = config_from(plan.target_config)
-    dtype = dtype or config.dtype or _dtype(source)
-    config.dtype = dtype
+    config = type(source.config).from_dict(dict(plan.target_config))
+    config.dtype = dtype = config.dtype or _dtype(source)  # a config may leave open what its tensors have
     model = build_on_meta(source.model_class, config)
     tensors = _tensors(plan, source, model, dtype, device)
-    _fill(model, tensors, plan.seed, dtype or torch.get_default_dtype(), device or "cpu")
+    _fill(model, tensors, plan.seed, dtype or torch.get_default_dtype())
     _generation(model, source)
-    return model.eval()
-
-
-def config_from(values: Any) -> PreTrainedConfig:
-    """A config from what `to_dict` gave."""
-    return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    return model.to(device or "cpu").eval()
 
 
 def _certificate(plan: Plan, source: Source) -> Certificate:
@@ -179,32 +174,28 @@ def _tensors(
     return tensors
 
 
-def _fill(
-    model: PreTrainedModel,
-    tensors: dict[str, Tensor],
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> None:
-    """Give a model on the meta device its tensors, and let its class initialise the rest."""
+def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype) -> None:
+    """Give a model on the meta device its tensors, and let its class initialise the rest.
+
+    What is fresh is drawn on the CPU, so that every device gets the same numbers.
+    """
     model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()  # now, lest the other names of a tied tensor be allocated
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 setattr(
-                    module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+                    module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="cpu"))
                 )
-            else:
-                parameter._is_hf_initialized = (
-                    True  # Transformers' mark for what its initialisation must leave
-                )
+            else:  # Transformers' mark for what its initialisation must leave
+                parameter._is_hf_initialized = True
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: no accelerator's is forked
         model.initialize_weights()
     model.tie_weights()
     for parameter in model.parameters():
@@ -219,3 +210,6 @@ def _generation(model: PreTrainedModel, source: Source) -> None:
         model.generation_config = GenerationConfig.from_dict(source.model().generation_config.to_dict())
     elif (source.files / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.files)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (asked := getattr(model.config, name, None)) != getattr(source.config, name, None):
+            setattr(model.generation_config, name, asked)

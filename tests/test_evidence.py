@@ -298,3 +298,41 @@ def test_texts_without_a_token_are_refused(
         CalibrationError, match="the calibration texts hold no tokens; give at least one sentence"
     ):
         calibrate(llama, texts, tokenizer=tokenizer)
+
+
+def test_a_part_that_is_frozen_in_evaluation_mode_stays_so() -> None:
+    model = families.model("llama").train()
+    model.model.layers[1].eval()
+    calibrate(model, IDS)
+    assert model.training
+    assert model.model.layers[0].mlp.training
+    assert not model.model.layers[1].mlp.training
+
+
+def test_a_stream_gives_the_same_numbers(llama: PreTrainedModel) -> None:
+    def rows() -> Iterator[dict[str, list[int]]]:
+        for row in IDS.tolist():
+            yield {"input_ids": row}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    assert stream.column_names is None
+    same(calibrate(llama, stream), calibrate(llama, IDS))
+
+
+def test_labels_change_nothing(llama: PreTrainedModel) -> None:
+    same(calibrate(llama, [{"input_ids": IDS, "labels": IDS}]), calibrate(llama, IDS))
+
+
+def test_logits_are_not_made(llama: PreTrainedModel) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hook = llama.lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
+    calibrate(llama, IDS)
+    hook.remove()
+    assert shapes == [(3, 1, families.VOCAB)]
+
+
+def test_sequences_longer_than_the_position_table(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = families.model("gpt2")
+    with pytest.raises(CalibrationError, match="have 65 tokens, the model knows 64 positions; cut them"):
+        calibrate(model, families.tokens(rows=1, length=65))
+    calibrate(model, [" ".join(TEXTS)] * 4, tokenizer=tokenizer)  # texts are cut for it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from hf_ws import AutoSubclone, Plan
 from hf_ws.depth import POLICIES, LayerPolicy
 from hf_ws.errors import CalibrationError, CheckpointError, PlanError, SizeError
+from hf_ws.layouts.irregular import alibi_index
 from hf_ws.methods import METHODS, Request
 from hf_ws.methods.weight_selection import uniform
-from hf_ws.plan import Gather
+from hf_ws.plan import Gather, Rank
 from tests import families
 
 IDS = families.tokens(rows=4, length=16)
@@ -756,3 +760,104 @@ def test_the_target_has_the_type_that_was_asked_for(dtype: Any, expected: torch.
         target = subclone(families.model("llama"), hidden=32, dtype=dtype, method=method)
         assert {p.dtype for p in target.parameters()} == {expected}
         assert target.config.dtype == expected
+
+
+# ------------------------------------------------------------------------------------------------ ALiBi
+
+
+def _slopes(family: str, heads: int) -> Tensor:
+    """What Transformers multiplies the distance by, in each head."""
+    if family == "mpt":
+        return build_mpt_alibi_tensor(heads, 2)[:, 0, 0].abs()
+    return build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+
+
+@pytest.mark.parametrize("method", ["weight_selection", "subclone"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon_1b"])
+@pytest.mark.parametrize("keep", [8, 7, 6, 5, 4, 3, 2, 1])
+def test_a_head_keeps_its_alibi_slope(family: str, keep: int, method: str) -> None:
+    source = families.model(family)
+    target = subclone(source, hidden=8 * keep, method=method)
+    heads = target.hf_ws_plan.axis_map("heads", 0).index
+    assert target.hf_ws_plan.axis_map("kv_heads", 0).index == heads
+    assert len(set(heads)) == keep
+    torch.testing.assert_close(_slopes(family, keep), _slopes(family, 8)[list(heads)], rtol=0, atol=0)
+
+
+@given(st.integers(1, 130).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size))))
+def test_the_slopes_of_fewer_heads_are_among_those_of_more(sizes: tuple[int, int]) -> None:
+    size, keep = sizes
+    index = alibi_index(families.config("bloom"), size, keep)
+    for family in ("bloom", "mpt"):
+        torch.testing.assert_close(
+            _slopes(family, keep), _slopes(family, size)[list(index)], rtol=1e-5, atol=0
+        )
+
+
+def test_every_draw_of_an_inconsistent_selection_keeps_the_slopes() -> None:
+    args = {"selection": "random", "consistent": False}
+    maps = AutoSubclone.plan(
+        families.model("bloom"), hidden=32, method="weight_selection", method_args=args
+    ).maps
+    assert [key for key in maps if key.startswith(("heads", "kv_heads"))] == ["kv_heads", "heads"]
+
+
+def test_heads_that_share_one_key_keep_their_slopes() -> None:
+    source = families.model("falcon", alibi=True)
+    assert index_of(subclone(source, hidden=32), "heads") == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("method", ["weight_selection", "subclone"])
+def test_grouped_heads_with_slopes_are_refused(method: str) -> None:
+    source = families.model("falcon_40b", alibi=True)
+    with pytest.raises(SizeError, match=r"heads=4: falcon gives each head a slope by its number"):
+        subclone(source, hidden=32, method=method)
+    assert torch.equal(families.logits(source), families.logits(subclone(source, method=method)))
+
+
+# ------------------------------------------------------------------------------------------------ a method's mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ffn": Rank(64, 96, "taylor")}, r"score 'taylor' is unknown; known are activation, magnitude"),
+        (
+            {"heads": Rank(4, 8, "magnitude"), "kv_heads": None},
+            r"heads is ranked and its kv_heads have no map",
+        ),
+    ],
+)
+def test_an_open_plan_that_cannot_be_settled_is_refused(changes: dict[str, Any], message: str) -> None:
+    def own(request: Request) -> Plan:
+        maps = dict(METHODS["weight_selection"](request).maps) | changes
+        return request.plan({key: value for key, value in maps.items() if value is not None})
+
+    with pytest.raises(PlanError, match=message):
+        subclone(families.model("llama"), hidden=32, kv_heads=4, heads=4, method=own)
+
+
+# ------------------------------------------------------------------------------------------------ the class's own
+
+
+def test_a_config_that_transformers_does_not_list_is_as_good() -> None:
+    class OwnConfig(LlamaConfig):
+        model_type = "not_listed"
+
+    class Own(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    config = OwnConfig(**families.config("llama").to_dict() | {"model_type": "not_listed"})
+    target = subclone(Own(config), hidden=32)
+    assert (type(target), type(target.config)) == (Own, OwnConfig)
+
+
+def test_token_ids_asked_for_hold_in_generation_too(tmp_path: Path) -> None:
+    source = families.model("llama")
+    source.config.eos_token_id = source.generation_config.eos_token_id = [150, 151]
+    source.save_pretrained(tmp_path)
+    for given_source in (source, tmp_path):
+        target = subclone(given_source, vocab=100, eos_token_id=7)
+        assert target.generation_config.eos_token_id == 7
+        assert target.generation_config.bos_token_id == source.generation_config.bos_token_id
+        assert source.generation_config.eos_token_id == [150, 151]

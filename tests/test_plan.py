@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertForSequenceClassification
 
 from hf_ws import AutoSubclone, Plan
 from hf_ws.errors import OutputError, PlanError
@@ -384,3 +386,52 @@ def test_the_config_may_change_but_the_plan_does_not(tmp_path: Path) -> None:
     before = made.target_config["rms_norm_eps"]
     edit_config(folder, rms_norm_eps=1.0)
     assert made.apply(folder).config.rms_norm_eps == before
+
+
+def test_a_settled_plan_says_by_what_it_ranked() -> None:
+    source = families.model("mixtral")
+    made = AutoSubclone.plan(source, hidden=32, experts=3, calibration=families.tokens(4, 16))
+    by = {key.partition("@")[0]: axis_map.by for key, axis_map in made.maps.items() if axis_map.by}
+    assert by == {
+        "hidden": "activation",
+        "heads": "activation",
+        "kv_heads": "activation",
+        "ffn": "activation",
+        "experts": "magnitude",  # no hook sees them
+    }
+    assert "(highest by activation)" in str(made)
+    assert "(highest by magnitude)" in str(made)
+    assert "highest by" not in str(plan())
+
+
+def test_a_fresh_classifier_is_not_said_to_be_kept_nor_rescaled() -> None:
+    source = BertForSequenceClassification(families.config("bert", num_labels=4))
+    made = AutoSubclone.plan(source, hidden=32, num_labels=2)
+    assert made.fresh == ("classifier.weight", "classifier.bias")
+    assert not set(made.fresh) & set(made.gains)
+    assert re.search(r"labels +4 +2  nothing: every weight is new", str(made))
+
+
+# ------------------------------------------------------------------------------------------------ one plan, two doors
+
+
+def test_the_model_carries_the_plan_that_plan_makes(tmp_path: Path) -> None:
+    folder, ids = make("llama", tmp_path), families.tokens(2, 8) % 61
+    model = AutoSubclone.from_pretrained(folder, hidden=12, calibration=ids)
+    assert model.hf_ws_plan == AutoSubclone.plan(folder, hidden=12, calibration=ids)
+    again = model.hf_ws_plan.apply()  # it knows its folder
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_that_does_not_know_where_its_source_is_asks_for_it() -> None:
+    with pytest.raises(
+        PlanError, match=r"made for LlamaForCausalLM, which is no folder here: give the source"
+    ):
+        plan().apply()
+
+
+def test_the_dtype_asked_for_when_applying_is_in_the_plan() -> None:
+    source = families.model("llama")
+    made = plan().apply(source, dtype="bfloat16")
+    assert made.dtype == made.config.dtype == torch.bfloat16
+    assert made.hf_ws_plan.apply(source).dtype == torch.bfloat16

@@ -82,6 +82,25 @@ HEAD_BIASES: Mapping[str, str] = {
 """Where ALiBi gives a head a slope by its number. Heads are proven interchangeable with the slopes set to zero."""
 
 
+def alibi_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, ...] | None:
+    """The heads whose slopes the target gives to its own, where ALiBi gives slopes by number; None elsewhere.
+
+    Head i of 2**k has the slope 2 ** -(8 (i + 1) / 2**k), and what is over 2**k the odd halves between (2108.12409).
+    So the slopes of fewer heads are always among those of more: every kept head can keep its own.
+    """
+    if config.model_type not in HEAD_BIASES or not getattr(config, "alibi", True) or keep > size:
+        return None
+    number = {exponent: head for head, exponent in enumerate(_slope_exponents(size))}
+    return tuple(number[exponent] for exponent in _slope_exponents(keep))
+
+
+def _slope_exponents(heads: int) -> list[float]:
+    power = 2 ** (heads.bit_length() - 1)
+    return [8 * (i + 1) / power for i in range(power)] + [
+        4 * (2 * i + 1) / power for i in range(heads - power)
+    ]
+
+
 def row_for(config: PreTrainedConfig, module: str) -> Row | None:
     """The row for this module of this model, if it is irregular."""
     for row in IRREGULAR:

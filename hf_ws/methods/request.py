@@ -11,12 +11,12 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from hf_ws._version import __version__
-from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, LABELS, POSITIONS, VOCAB, length, parse
+from hf_ws.axes import AXES, HEAD_DIM, HEADS, KV_HEADS, LABELS, POSITIONS, VOCAB, length, parse
 from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate
-from hf_ws.layouts.irregular import rotary_index
+from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.plan import AxisMap, Gather, Plan
-from hf_ws.sizes import sizes_of
+from hf_ws.sizes import field_of, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,12 @@ class Request:
     def fixed_maps(self) -> dict[str, AxisMap]:
         """The maps no method chooses: token ids and positions keep their numbers, rotary pairs their frequency.
 
+        A head with an ALiBi slope keeps that, for a local head is of no use as a global one; the slopes of the target
+        then say which heads it takes.
+
         Raises:
-            SizeError: a smaller head_dim in a family whose rotary pairs cannot be told apart.
+            SizeError: a smaller head_dim in a family whose rotary pairs cannot be told apart, or fewer heads where
+                they have slopes and share key/value heads too.
         """
         maps: dict[str, AxisMap] = {}
         for axis in (VOCAB, POSITIONS, LABELS):
@@ -66,6 +70,16 @@ class Request:
         if self.after[HEAD_DIM] <= self.before[HEAD_DIM]:
             index = rotary_index(self.source_config, self.before[HEAD_DIM], self.after[HEAD_DIM])
             maps[HEAD_DIM] = Gather(index, self.before[HEAD_DIM])
+        heads, kv_heads = self.before[HEADS], self.before[KV_HEADS]
+        sloped = alibi_index(self.source_config, heads, self.after[HEADS])
+        if sloped is not None and self.after[HEADS] < heads:
+            if kv_heads not in (1, heads):
+                raise SizeError(
+                    f"heads={self.after[HEADS]}: {self.source_config.model_type} gives each head a slope by its "
+                    "number, and no whole groups of heads have the slopes of fewer; leave heads as they are"
+                )
+            maps[HEADS] = Gather(sloped, heads)
+            maps[KV_HEADS] = maps[HEADS] if kv_heads == heads else Gather((0,), 1)
         return maps
 
     def fresh_head(self) -> tuple[str, ...]:
@@ -74,6 +88,30 @@ class Request:
             return ()
         return tuple(
             n for n, text in self.certificate.layouts.items() if any(LABELS in d.axes for d in parse(text))
+        )
+
+    def check_growth(self) -> None:
+        """Refuse any axis longer than the source's; the labels alone may be new.
+
+        Raises:
+            SizeError: naming every axis that grows.
+        """
+        axes = {*self.certificate.axes, HEADS, KV_HEADS, HEAD_DIM} - {LABELS}
+        before, after = self.before, self.after
+        grown = [
+            f"{axis} from {before[axis]} to {after[axis]}"
+            for axis in AXES
+            if axis in axes and after[axis] > before[axis]
+        ]
+        if not grown:
+            return
+        hint = ""
+        if after[HEAD_DIM] > before[HEAD_DIM] and field_of(self.target_config, HEAD_DIM) is None:
+            width = after[HEADS] * before[HEAD_DIM]
+            hint = f". Here head_dim is hidden / heads: heads={after[HEADS]} goes with hidden={width}"
+        raise SizeError(
+            f"{self.method} cannot grow {', '.join(grown)}; ask for at most the source's size, or for a method that "
+            f"grows{hint}"
         )
 
     def check_heads(self) -> None:
@@ -85,10 +123,15 @@ class Request:
         width_before = self.before[HEADS] // self.before[KV_HEADS]
         width_after = self.after[HEADS] // self.after[KV_HEADS]
         if width_after > width_before:
+            enough = next(
+                n
+                for n in range(-(-self.after[HEADS] // width_before), self.after[HEADS] + 1)
+                if self.after[HEADS] % n == 0
+            )
             raise SizeError(
                 f"{self.after[HEADS]} query heads over {self.after[KV_HEADS]} kv heads are {width_after} to a group, "
                 f"the source has {width_before}: query heads move only with their kv head. Ask for at least "
-                f"kv_heads={-(-self.after[HEADS] // width_before)}"
+                f"kv_heads={enough}"
             )
 
     def fan_in_gains(self) -> dict[str, float]:
@@ -119,6 +162,7 @@ class Request:
         fresh: tuple[str, ...] = (),
     ) -> Plan:
         """The plan with these maps."""
+        fresh = tuple(dict.fromkeys([*fresh, *self.fresh_head()]))
         return Plan(
             source=self.source,
             revision=self.revision,
@@ -136,8 +180,8 @@ class Request:
             parameters=self.parameters,
             layers=self.layers,
             maps=dict(maps),
-            gains=dict(gains or {}),
-            fresh=tuple(dict.fromkeys([*fresh, *self.fresh_head()])),
+            gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
+            fresh=fresh,
         )
 
     def layer_numbers(self) -> Iterator[int]:

@@ -14,12 +14,14 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
 
     Source: Weight Subcloning (2312.09299), section 3. Whole heads move, and query heads only with their kv head.
     The paper scales by sqrt(d / d'); we use each matrix's own fan-in, which is the same when all axes shrink alike.
-    Of a tied head, which the paper does not mention, the gain goes to the final norm.
+    Of a tied head, which the paper does not mention, the gain goes to the final norm. Heads with ALiBi slopes are not
+    ranked, since another place would give them another slope: those are kept whose slopes the target has.
 
     Args:
         request: What is asked.
         rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
         score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
+            Inside fused experts and factorised embeddings no activation can be seen: they go by magnitude.
 
     Raises:
         PlanError: an unknown score.
@@ -35,7 +37,8 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     def ranked(axis: str) -> AxisMap:
         if before[axis] == after[axis]:
             return Gather(tuple(range(after[axis])), before[axis])
-        return Rank(after[axis], before[axis], by)
+        seen = axis in (HIDDEN, FFN, KV_HEADS, HEADS)
+        return Rank(after[axis], before[axis], by if seen or by != "activation" else "magnitude")
 
     for axis in (HIDDEN, EMBEDDING):
         if axis in request.axes:
@@ -44,8 +47,9 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
         for axis in (FFN, MOE_FFN, EXPERTS):
             if axis in request.axes:
                 maps[f"{axis}@{layer}"] = ranked(axis)
-        maps[f"{KV_HEADS}@{layer}"] = ranked(KV_HEADS)
-        maps[f"{HEADS}@{layer}"] = ranked(HEADS)
+        if HEADS not in maps:
+            maps[f"{KV_HEADS}@{layer}"] = ranked(KV_HEADS)
+            maps[f"{HEADS}@{layer}"] = ranked(HEADS)
     return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
 
 

@@ -24,9 +24,10 @@ def weight_selection(
 ) -> Plan:
     """The same indices of an axis everywhere; no data, no rescaling.
 
-    Source: Weight Selection (2311.18823), section 3, and its reference code. Two differences: heads are kept whole
-    with their kv head (the code blends neighbouring heads), and fused tensors are split before selecting. A language
-    model's head is selected like the embedding; a classifier whose labels change is fresh.
+    Source: Weight Selection (2311.18823), section 3, and its reference code. The differences: heads are kept whole
+    with their kv head (the code blends neighbouring heads), and fused tensors are split before selecting. Heads
+    with ALiBi slopes are not spaced evenly: those are kept whose slopes the target has. A language model's head is
+    selected like the embedding; a classifier whose labels change is fresh.
 
     Args:
         request: What is asked.
@@ -49,11 +50,12 @@ def weight_selection(
     if not consistent and selection != "random":
         raise PlanError(f"consistent=False goes with selection='random', not {selection!r}")
     request.check_heads()
-    maps = request.fixed_maps() | _maps(request, choosers[selection])
+    fixed = request.fixed_maps()
+    maps = _maps(request, choosers[selection]) | fixed
     if not consistent:
         for name in _target_names(request):
             own = _maps(request, choosers["random"])
-            maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items()}
+            maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items() if axis not in fixed}
     return request.plan(maps)
 
 

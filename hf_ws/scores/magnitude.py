@@ -45,7 +45,7 @@ def _means(source: Source, name: str) -> list[Tensor]:
         weight = source.tensor(name).abs().float()
         dims = range(weight.ndim)
         cache[name] = [
-            weight.mean([d for d in dims if d != at]).double() if weight.ndim > 1 else weight.double()
+            (weight.mean([d for d in dims if d != at]) if weight.ndim > 1 else weight).double().cpu()
             for at in dims
         ]
     return cache[name]
