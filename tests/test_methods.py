@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,7 +27,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from hf_ws import AutoSubclone, Plan
 from hf_ws.depth import POLICIES, LayerPolicy
 from hf_ws.errors import CalibrationError, CheckpointError, PlanError, SizeError
-from hf_ws.layouts.irregular import alibi_index
+from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.methods import METHODS, Request
 from hf_ws.methods.weight_selection import uniform
 from hf_ws.plan import Gather, Rank
@@ -609,6 +610,25 @@ def test_a_smaller_head_scores_positions_as_the_source_does_on_the_kept_pairs() 
     torch.testing.assert_close(
         families.logits(target, ids), families.logits(silent, ids), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "index"),
+    [
+        ("llama", (0, 2, 4, 6, 8, 10, 12, 14)),  # i with i + 8
+        ("cohere", (0, 1, 4, 5, 8, 9, 12, 13)),  # 2i with 2i + 1
+        ("cohere2", (0, 1, 4, 5, 8, 9, 12, 13)),
+        ("ernie4_5", (0, 1, 4, 5, 8, 9, 12, 13)),
+        ("gpt2", (0, 2, 4, 6, 8, 10, 12, 14)),  # nothing turns
+    ],
+)
+def test_pairs_are_those_that_the_class_turns(model_type: str, index: tuple[int, ...]) -> None:
+    assert rotary_index(CONFIG_MAPPING[model_type](), 16, 8) == index
+
+
+def test_a_family_whose_pairs_cannot_be_told_is_refused() -> None:
+    with pytest.raises(SizeError, match="which channels of a roformer turn together is not known"):
+        rotary_index(CONFIG_MAPPING["roformer"](), 16, 8)
 
 
 def test_a_smaller_head_where_only_a_part_turns_is_refused() -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_ws.axes import HEADS
@@ -125,32 +127,50 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return fields
 
 
-INTERLEAVED_ROTARY = frozenset({"cohere", "codegen", "gptj"})
-"""Families that turn channels 2i and 2i + 1 together; the others turn i and i + half."""
-
-
 def rotary_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, ...]:
     """Which channels of a head are kept: evenly spaced, in rotary models by pair, so each keeps its frequency.
 
     Pair j of `size` turns at base ** (-2j / size): the nearest frequency for pair j of `keep` is pair j * size / keep.
 
     Raises:
-        SizeError: a rotary model that turns only a part of each head.
+        SizeError: a rotary model that turns only a part of each head, or whose pairs cannot be told.
     """
     if size == keep:
         return tuple(range(size))
-    if not hasattr(config, "rope_parameters") and not hasattr(config, "rotary_dim"):
+    turn = _turn(config)
+    if turn is None:
         return tuple(round(j * size / keep) for j in range(keep))
-    parts = [p for p in _nested(config.to_dict()) if p not in (None, 1, 1.0)]
-    if parts or getattr(config, "rotary_dim", None):
+    values = config.to_dict()
+    if values.get("rotary_dim") or [p for p in _nested(values) if p not in (None, 1, 1.0)]:
         raise SizeError(
             f"head_dim={keep}: {config.model_type} turns only a part of each head's {size} channels, and which of "
             "the rest belong together is not known; leave head_dim as it is"
         )
-    pairs = [round(j * size / keep) for j in range(keep // 2)]
-    if config.model_type in INTERLEAVED_ROTARY:
-        return tuple(channel for pair in pairs for channel in (2 * pair, 2 * pair + 1))
-    return (*pairs, *(pair + size // 2 for pair in pairs))
+    channel = {place: at for at, place in enumerate(_pairs(turn, size))}
+    return tuple(channel[round(pair * size / keep), second] for pair, second in _pairs(turn, keep))
+
+
+def _turn(config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The function by which a rotary family swaps the channels of each pair; None where nothing turns."""
+    try:
+        modeling = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        modeling = None
+    for name in ("rotate_half", "rotate_every_two"):
+        if hasattr(modeling, name):
+            return getattr(modeling, name)
+    if any("rotary" in name or "rope" in name for name in config.to_dict()):
+        raise SizeError(
+            f"head_dim: which channels of a {config.model_type} turn together is not known; leave it as it is"
+        )
+    return None
+
+
+def _pairs(turn: Callable[[torch.Tensor], torch.Tensor], size: int) -> list[tuple[int, bool]]:
+    """For each channel of a head the number of its pair, and whether it is the second of it."""
+    partners = turn(torch.arange(1.0, size + 1).view(1, 1, 1, size)).abs().flatten().long().sub(1).tolist()
+    firsts = [at for at, partner in enumerate(partners) if at < partner]
+    return [(firsts.index(min(at, partner)), at > partner) for at, partner in enumerate(partners)]
 
 
 def _nested(values: Any) -> list[Any]:
