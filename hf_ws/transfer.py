@@ -163,9 +163,10 @@ def _tensors(
                 maps[axis] = axis_map.as_array
         weight = source.tensor(name if layer is None else pattern.replace("*", str(plan.layers[layer]), 1))
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
-        if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
-            made = made.to(torch.promote_types(weight.dtype, dtype or weight.dtype)) * gain
         shared = made.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
+            wide = made.to(torch.promote_types(weight.dtype, dtype or weight.dtype))
+            made, shared = (wide * gain if shared else wide.mul_(gain)), False
         made = made.to(device=device or "cpu", dtype=dtype or weight.dtype, copy=shared)
         assert made.shape == parameter.shape, (
             f"{name}: made {tuple(made.shape)}, wanted {tuple(parameter.shape)}"

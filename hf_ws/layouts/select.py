@@ -33,25 +33,37 @@ def select(
     Returns:
         A tensor that may be a view of the source: clone it before writing to it.
     """
+    gathered: dict[int, np.ndarray] = {}
+    shares: list[tuple[int, np.ndarray]] = []
     for at, dim in enumerate(layout):
         if not dim.axes:
             continue
         index = positions(dim, source, target, maps)
-        tensor = _along(tensor, at, index)
-        if dim.reads:
-            copies = np.bincount(index, minlength=1)[index]
-            if copies.max() > 1:
-                shape = [1] * tensor.ndim
-                shape[at] = -1
-                tensor = tensor / torch.from_numpy(copies).to(tensor.dtype).view(shape)
+        if dim.reads and (copies := np.bincount(index)[index]).max() > 1:
+            shares.append((at, copies))
+        if (step := _step(index)) is None:
+            gathered[at] = index
+        else:
+            tensor = tensor[(slice(None),) * at + (slice(int(index[0]), int(index[-1]) + 1, step),)]
+    tensor = _gather(tensor, gathered)
+    for at, copies in shares:
+        share = torch.from_numpy(copies).to(tensor.dtype)
+        tensor = tensor / share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
     return tensor
 
 
-def _along(tensor: Tensor, at: int, index: np.ndarray) -> Tensor:
-    """The positions `index` of dimension `at`: a view where they are evenly spaced."""
-    if len(index) == tensor.shape[at] and np.array_equal(index, np.arange(len(index))):
-        return tensor
+def _step(index: np.ndarray) -> int | None:
+    """The distance between neighbours where it is one and positive, so that a slice will do."""
     step = int(index[1] - index[0]) if len(index) > 1 else 1
-    if step > 0 and (np.diff(index) == step).all():
-        return tensor[(slice(None),) * at + (slice(int(index[0]), int(index[-1]) + 1, step),)]
-    return tensor[(slice(None),) * at + (torch.from_numpy(np.ascontiguousarray(index)),)]
+    return step if step > 0 and (np.diff(index) == step).all() else None
+
+
+def _gather(tensor: Tensor, gathered: Mapping[int, np.ndarray]) -> Tensor:
+    """The positions named in each dimension; two neighbouring ones in one go, without a copy in between."""
+    indices = {at: torch.from_numpy(np.ascontiguousarray(index)) for at, index in gathered.items()}
+    at = list(indices)
+    if len(at) == 2 and at[1] == at[0] + 1:
+        return tensor[(slice(None),) * at[0] + (indices[at[0]][:, None], indices[at[1]])]
+    for place, index in indices.items():
+        tensor = tensor[(slice(None),) * place + (index,)]
+    return tensor
