@@ -16,9 +16,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_ws import training_job
 from hf_ws.errors import DataError, DistillationError, DivergenceError, OutputError, PlanError, ResumeError
 from hf_ws.training import TrainConfig, config_from_flags, load_config_file, train
+from hf_ws.training import job as training_job
 from hf_ws.training.config import _field_comments
 from hf_ws.training.data import pack
 from hf_ws.training.run_folder import last_whole_checkpoint, why_broken
