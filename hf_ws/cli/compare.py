@@ -54,7 +54,7 @@ def compare(
     ] = None,
     learning_rates: Annotated[
         str, typer.Option(metavar="A,B", help="Each start takes the best of these peaks.")
-    ] = "1e-3",
+    ] = "3e-4,1e-3,3e-3",
     search_steps: Annotated[
         int | None,
         typer.Option(metavar="N", help="Choose the rate on a run this short, not on the full run."),

@@ -59,7 +59,7 @@ def compare(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     block: int = 512,
-    learning_rates: Sequence[float] = (1e-3,),
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
     search_steps: int | None = None,
     seeds: Sequence[int] = (0,),
     baseline: str = "random",
@@ -84,7 +84,7 @@ def compare(
         calibration: What methods that rank by activation look at; by default some of the training blocks.
         tokenizer: By default the source's.
         block: Tokens in a sequence, where `data` is text.
-        learning_rates: The grid. One for all arms if it holds one.
+        learning_rates: The grid each arm chooses from: a good start wants a smaller one. One for all if it holds one.
         search_steps: Choose from the grid on a run this short; by default on the full run. Always at the first
             seed; the other seeds take what was chosen.
         seeds: Of the starts and of the order of the batches.
