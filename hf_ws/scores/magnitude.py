@@ -20,7 +20,10 @@ _MEANS: WeakKeyDictionary[Source, dict[str, list[Tensor]]] = WeakKeyDictionary()
 def magnitude(
     source: Source, certificate: Certificate, evidence: Evidence | None, axis: str, layer: int | None
 ) -> Tensor:
-    """Mean absolute weight of everything that touches each index, summed over tensors; needs no data.
+    """Mean absolute weight of every matrix that touches each index, summed over them; needs no data.
+
+    Gains and biases are left out: a norm's gains lie near one, matrices near 0.02, and they would drown them
+    (BENCHMARKS.md, "What a start knows before training").
 
     Returns:
         Float64 [size of the axis].
@@ -30,7 +33,7 @@ def magnitude(
     for name in source.tensors:
         pattern, number = generic(name, certificate.stacks)
         layout = parse(certificate.layouts.get(pattern, ""))
-        if layer is not None and number != layer:
+        if len(layout) < 2 or (layer is not None and number != layer):
             continue
         for at, dim in enumerate(layout):
             if axis in dim.axes:
@@ -39,13 +42,10 @@ def magnitude(
 
 
 def _means(source: Source, name: str) -> list[Tensor]:
-    """For each dimension of a tensor, the mean absolute weight at each position."""
+    """For each dimension of a matrix, the mean absolute weight at each position."""
     cache = _MEANS.setdefault(source, {})
     if name not in cache:
         weight = source.tensor(name).abs().float()
         dims = range(weight.ndim)
-        cache[name] = [
-            (weight.mean([d for d in dims if d != at]) if weight.ndim > 1 else weight).double().cpu()
-            for at in dims
-        ]
+        cache[name] = [weight.mean([d for d in dims if d != at]).double().cpu() for at in dims]
     return cache[name]
