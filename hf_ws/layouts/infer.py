@@ -71,7 +71,7 @@ EXPRESSIONS = (
 
 LARGEST_CONSTANT = 4  # a token-type table has 2 rows; anything longer is an axis that we do not know
 
-_OUTPUT = re.compile(r"(o_proj|out_proj|c_proj|dense|out_lin|o|wo)$")  # the attention's last projection
+_OUTPUT = re.compile(r"o_proj|out_proj|c_proj|dense|out_lin|o|wo")  # the attention's last projection
 _ATTENTION = re.compile(r"(attn|attention)")
 
 
@@ -172,13 +172,12 @@ def _layout(
     reads = _reading_dim(module, parameter)
     row = irregular.row_for(config, module_name)
     in_attention = bool(_ATTENTION.search(module_name))
-    output = in_attention and reads is not None and bool(_OUTPUT.search(module_name))
     dims = []
     for at, size in enumerate(parameter.shape):
         if row is not None and at != reads:
             dims.append(row.writes)
             continue
-        inner = in_attention and _is_inner(module, module_name, at == reads, output)
+        inner = in_attention and _is_inner(module, module_name, at == reads)
         text = _expression(size, lengths, inner)
         if text is None:
             raise UnsupportedArchitectureError(
@@ -196,15 +195,13 @@ def _reading_dim(module: nn.Module, parameter: torch.Tensor) -> int | None:
     return 0 if isinstance(module, Conv1D) else parameter.ndim - 1
 
 
-def _is_inner(module: nn.Module, name: str, reads: bool, output: bool) -> bool:
+def _is_inner(module: nn.Module, name: str, reads: bool) -> bool:
     """Whether this dimension of an attention's parameter lies on the heads' side, not the residual stream's."""
     leaf = name.split(".")[-1].lower()
     if isinstance(module, nn.Linear | Conv1D):
-        is_output = output or bool(_OUTPUT.search(leaf))
-        return reads == is_output
-    return leaf.startswith(
-        ("q_", "k_", "query", "key")
-    )  # a norm over all heads; other norms are on the stream
+        return reads == bool(_OUTPUT.fullmatch(leaf))
+    # A norm over all heads is named after what it norms; any other norm in an attention is on the stream.
+    return leaf.startswith(("q_", "k_", "query", "key"))
 
 
 def _expression(size: int, lengths: Mapping[str, int], inner: bool) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,10 +183,6 @@ class Request:
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,
         )
-
-    def layer_numbers(self) -> Iterator[int]:
-        """The target's layers."""
-        return iter(range(len(self.layers)))
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     for axis in (HIDDEN, EMBEDDING):
         if axis in request.axes:
             maps[axis] = ranked(axis)
-    for layer in request.layer_numbers():
+    for layer in range(len(request.layers)):
         for axis in (FFN, MOE_FFN, EXPERTS):
             if axis in request.axes:
                 maps[f"{axis}@{layer}"] = ranked(axis)

@@ -84,6 +84,6 @@ def _target_names(request: Request) -> list[str]:
     """Every parameter of the target, layer numbers spelled out."""
     names = []
     for pattern in request.certificate.layouts:
-        layers = request.layer_numbers() if "*" in pattern else [None]
+        layers = range(len(request.layers)) if "*" in pattern else [None]
         names += [pattern if layer is None else pattern.replace("*", str(layer), 1) for layer in layers]
     return names

@@ -3,7 +3,7 @@
 This is how `recipes/demo/source` was made; its card holds the figures that the run printed.
 
     python recipes/demo/train_source.py --out recipes/demo/source            # about an hour on 2 cores
-    python recipes/demo/train_source.py --out /tmp/try --tokens 500_000      # two minutes
+    python recipes/demo/train_source.py --out try --tokens 500_000     # minutes
 
 The model is a decoder with grouped key/value heads and an untied head, 5.8 M parameters in all. One file in
 twenty, chosen by a hash of its path, is held out and never trained on; the loss on those files is given in bits
@@ -13,10 +13,8 @@ per byte, which does not depend on the tokenizer.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import sysconfig
 import time
 from pathlib import Path
 
@@ -25,26 +23,11 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_ws.training.data import load_text, pack, split_held_out
+
 BLOCK = 256  # tokens in a training sequence
 BATCH = 16  # sequences in a step
 END = "<|endoftext|>"
-
-
-def stdlib_files() -> tuple[list[Path], list[Path]]:
-    """The training files and the held-out files, each sorted by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(f for f in root.rglob("*.py") if "site-packages" not in f.parts and f.stat().st_size)
-    held_out = [f for f in files if _hash(f.relative_to(root)) % 20 == 0]
-    return [f for f in files if f not in set(held_out)], held_out
-
-
-def _hash(path: Path) -> int:
-    return int(hashlib.sha256(path.as_posix().encode()).hexdigest(), 16)
-
-
-def read(files: list[Path]) -> list[str]:
-    """Their texts; what is not UTF-8 is replaced, as an editor would show it."""
-    return [f.read_text(encoding="utf-8", errors="replace") for f in files]
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -54,14 +37,6 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
         texts, vocab_size=vocab, min_frequency=2, special_tokens=[END], show_progress=False
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
-
-
-def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Token ids [sequences, BLOCK]: the texts end to end, an end-of-text token after each."""
-    ids: list[int] = []
-    for one in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        ids += [*one, tokenizer.eos_token_id]
-    return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
 
 
 @torch.no_grad()
@@ -127,12 +102,12 @@ def main() -> None:
     if args.out.exists():
         parser.error(f"{args.out} exists already; name a new folder")
 
-    train_files, held_out_files = stdlib_files()
-    train_texts, held_out_texts = read(train_files), read(held_out_files)
-    tokenizer = train_tokenizer(train_texts, vocab=2048)
-    blocks, held_out = pack(train_texts, tokenizer), pack(held_out_texts, tokenizer)
-    per_token = len("".join(held_out_texts).encode()) / sum(map(len, tokenizer(held_out_texts)["input_ids"]))
-    print(f"{blocks.numel():,} training tokens in {len(train_files)} files, {held_out.numel():,} held out")
+    documents, held_out_documents = split_held_out(load_text("stdlib"))
+    tokenizer = train_tokenizer([document.text for document in documents], vocab=2048)
+    packed, packed_held_out = pack(documents, tokenizer, BLOCK), pack(held_out_documents, tokenizer, BLOCK)
+    blocks, held_out = (torch.tensor(p.dataset["input_ids"][:]) for p in (packed, packed_held_out))
+    per_token = packed_held_out.bytes_per_token
+    print(f"{blocks.numel():,} training tokens in {len(documents)} files, {held_out.numel():,} held out")
     print(f"{per_token:.2f} bytes a token")
 
     config = LlamaConfig(
