@@ -1,9 +1,17 @@
-# demo: the main job on real input.  test: all tests.  check: style, types, arrows.  bench: the transfer benchmark.
+# demo: the main job on real input.  test: all tests.  floor: the core tests on the oldest Transformers.
+# check: style, types, arrows.  bench: the transfer benchmark.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench
+# The other end of the Transformers range, read off pyproject.toml, and what it wants beside it; all else is as pinned.
+FLOOR_BIN := .venv-floor/bin
+FLOOR_STAMP := .venv-floor/.installed
+FLOOR := transformers==$(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml) \
+	tokenizers==0.22.2 huggingface_hub==1.33.0
+CORE := $(foreach name,laws certify axes sizes plan methods store store_refusals,tests/test_$(name).py)
+
+.PHONY: demo test floor check bench
 
 demo: $(STAMP)
 	$(BIN)/python recipes/demo/demo.py $(if $(SOURCE),--source $(SOURCE))
@@ -11,6 +19,9 @@ demo: $(STAMP)
 # One thread per worker: two workers with two threads each would fight for the same cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+floor: $(FLOOR_STAMP)
+	OMP_NUM_THREADS=1 $(FLOOR_BIN)/python -m pytest -n 2 $(CORE)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -24,4 +35,11 @@ bench: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(FLOOR_STAMP): Makefile pyproject.toml constraints.txt
+	test -x $(FLOOR_BIN)/python || $(PYTHON) -m venv .venv-floor
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venv-floor/constraints.txt
+	$(FLOOR_BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv-floor/constraints.txt \
+		-e '.[test]' $(FLOOR)
 	touch $@
