@@ -15,6 +15,7 @@ from hf_ws._version import __version__
 
 if TYPE_CHECKING:
     from hf_ws.auto import AutoSubclone, certify
+    from hf_ws.derive import derive_config
     from hf_ws.errors import (
         CalibrationError,
         CheckpointError,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     )
     from hf_ws.evidence import calibrate
     from hf_ws.plan import Plan
-    from hf_ws.sizes import derive_config
 
 _ROOMS = {
     "AutoSubclone": "auto",
@@ -48,7 +48,7 @@ _ROOMS = {
     "UnsupportedArchitectureError": "errors",
     "calibrate": "evidence",
     "certify": "auto",
-    "derive_config": "sizes",
+    "derive_config": "derive",
 }
 
 __all__ = [

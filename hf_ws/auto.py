@@ -21,16 +21,18 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ws import store
-from hf_ws.axes import AXES, LAYERS
+from hf_ws.axes import AXES, LAYERS, kind_of
 from hf_ws.depth import LayerPolicy, kept_layers
+from hf_ws.derive import derive_config, read_request
 from hf_ws.errors import PlanError, UnsupportedArchitectureError, unknown
 from hf_ws.evidence import calibrate
 from hf_ws.layouts import Certificate
 from hf_ws.layouts import certify as certify_class
 from hf_ws.layouts.census import census, check_census, check_same_parts
+from hf_ws.layouts.infer import led
 from hf_ws.methods import METHODS, Method, Request
 from hf_ws.plan import Plan, Rank
-from hf_ws.sizes import derive_config, read_request, sizes_of
+from hf_ws.sizes import sizes_of
 from hf_ws.transfer import apply, settle
 
 logger = logging.getLogger(__name__)
@@ -266,11 +268,26 @@ def _planned(
     method = _method(ask.method, ask.method_args)
     certificate = certify_class(model_class, config)
     sizes, fields = read_request(config, ask.sizes, ask.fields)
-    depth = sizes_of(config)[LAYERS]
+    depths = sizes_of(config)
+    stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
     grows = bool(getattr(method, "grows", False))
     policy = getattr(method, "layer_policy", "first") if ask.layer_policy is None else ask.layer_policy
-    kept = kept_layers(policy, depth, sizes.pop(LAYERS, None), grows)
-    target = derive_config(config, kept=kept, **sizes, **fields)
+    if isinstance(policy, Sequence) and not isinstance(policy, str) and LAYERS not in stacks:
+        raise PlanError(
+            f"layer_policy names layers, but there are several stacks: {', '.join(stacks)}; name a policy"
+        )
+    kept = {
+        axis: kept_layers(
+            policy if axis == LAYERS or isinstance(policy, str) or callable(policy) else "first",
+            depths[axis],
+            sizes.pop(axis, None),
+            grows,
+        )
+        for axis in stacks
+    }
+    for axis in led(certificate.stacks) & kept.keys():
+        kept[axis] = _behind_the_first(axis, kept[axis], depths[axis])
+    target = derive_config(config, kept=kept, **fields, **sizes)
     target.architectures = [model_class.__name__]
     target.dtype = ask.dtype or config.dtype
     before, after = census(model_class, config), census(model_class, target)
@@ -287,6 +304,7 @@ def _planned(
         seed=ask.seed,
         calibrated=ask.calibration is not None,
     )
+    request.check_fixed()
     if not grows:
         request.check_growth()
     plan = method(request, **ask.method_args)
@@ -297,6 +315,15 @@ def _planned(
         check_same_parts(before, after, kept, certificate)
         check_census(after, target, certificate)
     return plan
+
+
+def _behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The kept layers of a stack whose first layer has other shapes: that one first, then only others."""
+    if depth == 1 and len(kept) > 1:
+        raise PlanError(
+            f"{axis}={len(kept)}: its one layer is unlike any that could follow it; leave it at 1"
+        )
+    return (0, *(max(1, layer) for layer in kept[1:]))
 
 
 def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:

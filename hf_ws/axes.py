@@ -32,8 +32,58 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = "hidden", "heads", "kv_heads", "head_dim"
 FFN, MOE_FFN, EXPERTS = "ffn", "moe_ffn", "experts"
 VOCAB, POSITIONS, EMBEDDING, LABELS, LAYERS = "vocab", "positions", "embedding", "labels", "layers"
 
-AXES = (HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, MOE_FFN, EXPERTS, VOCAB, POSITIONS, EMBEDDING, LABELS, LAYERS)
-"""Every axis this library knows, in the order tables print them."""
+SHARED_FFN, INNER, STATE, GROUPS = "shared_ffn", "inner", "state", "groups"
+Q_RANK, KV_RANK, ROPE_DIM, NOPE_DIM, V_DIM = "q_rank", "kv_rank", "rope_dim", "nope_dim", "v_dim"
+QUERIES, CODES, PROJECTION, UNIT, WAVES = "queries", "codes", "projection", "unit", "waves"
+RANK = "rank"
+
+AXES = (
+    *(
+        HIDDEN,
+        UNIT,
+        WAVES,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        FFN,
+        MOE_FFN,
+        SHARED_FFN,
+        EXPERTS,
+        INNER,
+        STATE,
+        GROUPS,
+    ),
+    *(RANK, Q_RANK, KV_RANK, ROPE_DIM, NOPE_DIM, V_DIM, QUERIES, CODES, PROJECTION),
+    *(VOCAB, POSITIONS, EMBEDDING, LABELS, LAYERS),
+)
+"""Every kind of axis this library knows, in the order tables print them.
+
+A model of several stacks has several axes of a kind. The text part's are called as above; others say before a dot
+whose they are (`vision_config.hidden`, `decoder.heads`), and after a dot of which stage (`hidden.2`).
+"""
+
+
+def kind_of(axis: str) -> str:
+    """What kind of axis this is: `vision_config.hidden.2` is a `hidden`."""
+    return axis.rstrip("0123456789").rstrip(".").rpartition(".")[2]
+
+
+def sibling(axis: str, kind: str) -> str:
+    """The axis of another kind in the same stack and stage."""
+    own = kind_of(axis)
+    scope, _, stage = axis.rpartition(own)
+    return f"{scope}{kind}{stage}"
+
+
+def layer_key(axis: str, number: int) -> int | str:
+    """How a layer is called in maps and evidence."""
+    return number if axis == LAYERS else f"{axis}.{number}"
+
+
+def split_key(key: int | str) -> tuple[str, int]:
+    """The layer axis and the number that `layer_key` put together."""
+    axis, _, number = str(key).rpartition(".")
+    return axis or LAYERS, int(number)
 
 
 @dataclass(frozen=True)
@@ -80,7 +130,7 @@ Layout = tuple[Dim, ...]
 @cache
 def parse(text: str) -> Layout:
     """The layout that `text` spells. Raises ValueError that points at the offending column."""
-    tokens = [(m.group(), m.start()) for m in re.finditer(r"[a-z_]+(?::\d+)?|\d+|\S", text)]
+    tokens = [(m.group(), m.start()) for m in re.finditer(r"[a-z_]\w*(?:\.\w+)*(?::\d+)?|\d+|\S", text)]
     layout: list[Dim] = []
     at = 0
     while at < len(tokens):
@@ -99,7 +149,7 @@ def _atom(text: str, tokens: list[tuple[str, int]], at: int) -> tuple[Expression
     if token.isdigit():
         return int(token), at + 1
     axis, _, count = token.partition(":")
-    if axis not in AXES:
+    if kind_of(axis) not in AXES:
         raise _syntax_error(text, column, f"one of {', '.join(AXES)}, a number or '('")
     return (Block(axis, int(count)) if count else axis), at + 1
 
@@ -186,8 +236,8 @@ def _expand_axis(axis: str, rows: dict[str, np.ndarray], sizes: Mapping[str, int
     blocks = 1
     if f"{axis}:" in rows:
         blocks, outer = int(rows[f"{axis}:"].max()) + 1, rows[f"{axis}:"]
-    elif axis == HEADS and KV_HEADS in rows:
-        blocks, outer = sizes[KV_HEADS], rows[KV_HEADS]
+    elif kind_of(axis) == HEADS and (groups := sibling(axis, KV_HEADS)) in rows:
+        blocks, outer = sizes[groups], rows[groups]
     inner, rest = divmod(sizes[axis], blocks)
     if rest:
         raise ValueError(

@@ -20,12 +20,24 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from hf_ws.axes import FFN, HEADS, HIDDEN, MOE_FFN, POSITIONS, VOCAB, Dim, coordinates, parse
+from hf_ws.axes import (
+    FFN,
+    HEADS,
+    HIDDEN,
+    MOE_FFN,
+    POSITIONS,
+    VOCAB,
+    Dim,
+    coordinates,
+    kind_of,
+    layer_key,
+    parse,
+)
 from hf_ws.errors import CalibrationError
 from hf_ws.layouts import Certificate, certify, generic
 from hf_ws.sizes import sizes_of
 
-Evidence = Mapping[tuple[str, int | None], Tensor]
+Evidence = Mapping[tuple[str, int | str | None], Tensor]
 """Mean absolute activation, float64 [size], by axis and source layer (None: the whole net)."""
 
 BLOCK, BATCH = 512, 8  # tokens in a calibration sequence made from text, and sequences in a forward pass
@@ -53,7 +65,7 @@ def calibrate(
     """
     certificate = certificate or certify(type(model), model.config)
     collector = _Collector(model, certificate)
-    longest = sizes_of(model.config)[POSITIONS] if POSITIONS in certificate.axes else None
+    longest = sizes_of(model.config)[POSITIONS] if POSITIONS in certificate.occurring else None
     # No logits are looked at: of one token they cost nothing, of all they are larger than everything else.
     spare = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     training = {module: module.training for module in model.modules()}
@@ -127,8 +139,8 @@ def _inputs(
 
 
 def _check_ids(ids: Any, config: PreTrainedConfig, longest: int | None) -> None:
-    vocab = sizes_of(config)[VOCAB]
-    if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+    vocab = sizes_of(config).get(VOCAB, 0)
+    if ids is not None and vocab and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise CalibrationError(
             f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, the model knows 0 to {vocab - 1}; "
             "tokenize with the source's own tokenizer"
@@ -157,8 +169,8 @@ class _Collector:
 
     def __init__(self, model: PreTrainedModel, certificate: Certificate) -> None:
         self.mask: Tensor | None = None
-        self._sums: dict[tuple[str, int | None], Tensor] = {}
-        self._counts: dict[tuple[str, int | None], float] = {}
+        self._sums: dict[tuple[str, int | str | None], Tensor] = {}
+        self._counts: dict[tuple[str, int | str | None], float] = {}
         self._model, self._certificate = model, certificate
         self._sizes = sizes_of(model.config)
         self._hooks: list[Any] = []
@@ -170,30 +182,42 @@ class _Collector:
                 for dim in parse(self._certificate.layouts[pattern]):
                     self._watch(module, dim, layer)
             stack, _, number = name.rpartition(".")
-            if stack in self._certificate.stacks:
-                self._hooks.append(module.register_forward_hook(self._block_hook(int(number))))
+            if stack in self._certificate.stacks and (stream := self._stream(stack)):
+                layer = layer_key(self._certificate.stacks[stack], int(number))
+                self._hooks.append(module.register_forward_hook(self._block_hook(stream, layer)))
+
+    def _stream(self, stack: str) -> str | None:
+        """The axis of the residual stream of a stack's layers."""
+        for name, text in self._certificate.layouts.items():
+            for dim in parse(text) if name.startswith(f"{stack}.*") else ():
+                if isinstance(dim.expression, str) and kind_of(dim.expression) == HIDDEN:
+                    return dim.expression
+        return None
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _watch(self, module: nn.Module, dim: Dim, layer: int) -> None:
-        for axis in (FFN, MOE_FFN, HEADS):
-            if dim.reads and axis in dim.axes:
+    def _watch(self, module: nn.Module, dim: Dim, layer: int | str) -> None:
+        for axis in dim.axes if dim.reads else ():
+            if kind_of(axis) in (FFN, MOE_FFN, HEADS):
 
                 def hook(_: nn.Module, inputs: tuple[Tensor, ...], axis: str = axis) -> None:
                     self._add((axis, layer), inputs[0], lambda v: by_axis(v, dim, axis, self._sizes))
 
                 self._hooks.append(module.register_forward_pre_hook(hook))
 
-    def _block_hook(self, layer: int) -> Callable[..., None]:
+    def _block_hook(self, axis: str, layer: int | str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             stream = output[0] if isinstance(output, tuple) else output
-            self._add((HIDDEN, layer), stream, lambda v: v)
+            if isinstance(stream, Tensor) and stream.shape[-1] == self._sizes[axis]:
+                self._add((axis, layer), stream, lambda v: v)
 
         return hook
 
-    def _add(self, key: tuple[str, int | None], values: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
+    def _add(
+        self, key: tuple[str, int | str | None], values: Tensor, reduce: Callable[[Tensor], Tensor]
+    ) -> None:
         flat = values.detach().abs().reshape(-1, values.shape[-1])
         count = float(len(flat))
         if self.mask is not None and self.mask.numel() == len(flat):
@@ -205,14 +229,17 @@ class _Collector:
 
     def means(self) -> Evidence:
         means = {key: total / max(self._counts[key], 1.0) for key, total in self._sums.items()}
-        if self._counts.get((HIDDEN, 0)) == 0:
+        if means and not any(self._counts.values()):
             raise CalibrationError(
                 "the attention_mask of the calibration data leaves no token; give some text"
             )
-        stream = [values for (axis, _), values in means.items() if axis == HIDDEN]
-        if not stream:
+        streams: dict[str, list[Tensor]] = {}
+        for (axis, _), values in means.items():
+            if kind_of(axis) == HIDDEN:
+                streams.setdefault(axis, []).append(values)
+        if not streams:
             raise CalibrationError("no block ran on the calibration data; is it what this model takes?")
-        return means | {(HIDDEN, None): torch.stack(stream).sum(0)}
+        return means | {(axis, None): torch.stack(found).sum(0) for axis, found in streams.items()}
 
 
 def by_axis(values: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from transformers import PreTrainedModel
 
 from hf_ws import store
-from hf_ws.axes import LAYERS, VOCAB
+from hf_ws.axes import VOCAB
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.methods import METHODS
 from hf_ws.plan import Plan
@@ -194,7 +194,8 @@ def _kept(plan: Plan) -> list[str]:
     if plan.is_fresh("*"):
         return [f"Nothing: every weight was drawn by the model class from seed {plan.seed}."]
     lines = [
-        f"Layers {', '.join(map(str, plan.layers))} of the source's {plan.source_sizes[LAYERS]}, counted from 0."
+        f"{stack.capitalize()} {', '.join(map(str, kept))} of the source's {plan.source_sizes[stack]}, counted from 0."
+        for stack, kept in plan.layers.items()
     ]
     lines.append("On each axis the indices that the table names; every one is listed in `hf_ws_plan.json`.")
     if plan.gains:

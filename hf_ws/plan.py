@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, parse
+from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.errors import OutputError, PlanError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the saved form."""
 
 _LAYER = re.compile(r"\.\d+\.")
@@ -78,8 +78,9 @@ AxisMap = Gather | Rank
 class Plan:
     """How a target is made from a source.
 
-    A key of `maps` is an axis (`hidden`), an axis in one target layer (`ffn@3`), or an axis in one parameter
-    (`hidden@lm_head.weight`, for ablations that break consistency); the most particular one holds. A key of `gains`
+    A key of `maps` is an axis (`hidden`), an axis in one target layer (`ffn@3`, or `ffn@decoder.layers.3` where
+    there are several stacks), or an axis in one parameter (`hidden@lm_head.weight`, for ablations that break
+    consistency); the most particular one holds. A key of `gains`
     and an entry of `fresh` is a parameter's name with the layer's number written `*`.
 
     Raises:
@@ -106,8 +107,8 @@ class Plan:
     """The proven layout of every parameter, the layer's number written `*`."""
     parameters: tuple[int, int]
     """How many the source has and the target will have; what is tied counts once."""
-    layers: tuple[int, ...]
-    """The source layer of each target layer."""
+    layers: Mapping[str, tuple[int, ...]]
+    """The source layer of each target layer, by the axis that counts them."""
     maps: Mapping[str, AxisMap]
     gains: Mapping[str, float] = field(default_factory=dict)
     """What a parameter is multiplied by."""
@@ -122,41 +123,56 @@ class Plan:
             )
 
     def _problems(self) -> Iterator[str]:
-        depth = self.source_sizes[LAYERS]
-        if len(self.layers) != self.target_sizes[LAYERS]:
-            yield f"{len(self.layers)} layers are named, the target has {self.target_sizes[LAYERS]}"
-        if outside := [i for i in self.layers if not 0 <= i < depth]:
-            yield f"layers {outside} are outside the source's 0 to {depth - 1}"
+        for stack, kept in self.layers.items():
+            depth = self.source_sizes.get(stack, 0)
+            if len(kept) != self.target_sizes.get(stack):
+                yield f"{len(kept)} {stack} are named, the target has {self.target_sizes.get(stack)}"
+            if outside := [i for i in kept if not 0 <= i < depth]:
+                yield f"{stack} {outside} are outside the source's 0 to {depth - 1}"
         for key, axis_map in self.maps.items():
-            axis, _, scope = key.partition("@")
-            if axis not in AXES:
-                yield f"{key} names no axis; known are {', '.join(AXES)}"
-            elif axis not in self.source_sizes or axis not in self.target_sizes:
-                yield f"{key} maps an axis that this model does not have"
-            elif len(axis_map) != self.target_sizes[axis] or axis_map.size != self.source_sizes[axis]:
-                yield (
-                    f"{key} maps {axis_map.size} to {len(axis_map)}, the configs say "
-                    f"{self.source_sizes[axis]} to {self.target_sizes[axis]}"
-                )
-            elif isinstance(axis_map, Gather) and not all(0 <= i < axis_map.size for i in axis_map.index):
-                yield f"{key} has an index outside 0 to {axis_map.size - 1}"
-            elif scope.isdigit() and int(scope) >= len(self.layers):
-                yield f"{key} is for a layer that the target does not have"
-            elif (
-                scope and not scope.isdigit() and not {scope, _LAYER.sub(".*.", scope, 1)} & set(self.layouts)
-            ):
-                yield f"{key} is for a parameter that the target does not have"
-            elif isinstance(axis_map, Rank) and axis_map.keep > axis_map.size:
-                yield f"{key} keeps {axis_map.keep} of {axis_map.size}; a ranking only drops"
+            yield from self._map_problems(key, axis_map)
         if not self.is_fresh("*"):
             yield from self._unmapped()
-            for layer in range(len(self.layers)):
-                yield from self._heads_apart(layer)
+            for heads in [axis for axis in self.target_sizes if kind_of(axis) == HEADS]:
+                for layer in self._scopes(heads):
+                    yield from self._heads_apart(heads, layer)
         for name, gain in self.gains.items():
             if name not in self.layouts or not np.isfinite(gain) or gain <= 0:
                 yield f"gain {gain} for {name}"
         if unknown := [name for name in self.fresh if name != "*" and name not in self.layouts]:
             yield f"fresh {', '.join(unknown)}: no such parameter"
+
+    def _map_problems(self, key: str, axis_map: AxisMap) -> Iterator[str]:
+        axis, _, scope = key.partition("@")
+        if kind_of(axis) not in AXES:
+            yield f"{key} names no axis; known are {', '.join(AXES)}"
+        elif axis not in self.source_sizes or axis not in self.target_sizes:
+            yield f"{key} maps an axis that this model does not have"
+        elif len(axis_map) != self.target_sizes[axis] or axis_map.size != self.source_sizes[axis]:
+            yield (
+                f"{key} maps {axis_map.size} to {len(axis_map)}, the configs say "
+                f"{self.source_sizes[axis]} to {self.target_sizes[axis]}"
+            )
+        elif isinstance(axis_map, Gather) and not all(0 <= i < axis_map.size for i in axis_map.index):
+            yield f"{key} has an index outside 0 to {axis_map.size - 1}"
+        elif scope and self._is_layer(scope):
+            stack, number = split_key(scope)
+            if number >= len(self.layers[stack]):
+                yield f"{key} is for a layer that the target does not have"
+        elif scope and not {scope, _LAYER.sub(".*.", scope, 1)} & set(self.layouts):
+            yield f"{key} is for a parameter that the target does not have"
+        elif isinstance(axis_map, Rank) and axis_map.keep > axis_map.size:
+            yield f"{key} keeps {axis_map.keep} of {axis_map.size}; a ranking only drops"
+
+    def _is_layer(self, scope: str) -> bool:
+        """Whether what stands after the @ is a layer, not a parameter."""
+        stack, _, number = scope.rpartition(".")
+        return number.isdigit() and (stack or LAYERS) in self.layers
+
+    def source_layer(self, key: int | str) -> int | str:
+        """The source layer that a target layer comes from, both as maps call them (`3`, `decoder.layers.3`)."""
+        stack, number = split_key(key)
+        return layer_key(stack, self.layers[stack][number])
 
     def _unmapped(self) -> Iterator[str]:
         mapped = {key.partition("@")[0] for key in self.maps}
@@ -164,25 +180,37 @@ class Plan:
             if axis not in mapped and self.source_sizes[axis] != self.target_sizes[axis]:
                 yield f"{axis} changes from {self.source_sizes[axis]} to {self.target_sizes[axis]}, and no map says how"
 
-    def _heads_apart(self, layer: int) -> Iterator[str]:
+    def _scopes(self, heads: str) -> Iterator[int | str]:
+        """Where heads or their key/value heads have maps of their own: in layers, and "" for everywhere."""
+        keys = [key.partition("@") for key in self.maps]
+        scoped = [(axis, scope) for axis, _, scope in keys if axis in (heads, sibling(heads, KV_HEADS))]
+        stacks = dict.fromkeys(split_key(scope)[0] for _, scope in scoped if self._is_layer(scope))
+        if not stacks or sum(scope == "" for _, scope in scoped) == 2:
+            yield ""
+        for stack in stacks:
+            yield from (layer_key(stack, i) for i in range(len(self.layers[stack])))
+
+    def _heads_apart(self, axis: str, layer: int | str) -> Iterator[str]:
         """Query heads whose key/value head goes elsewhere; what has no map keeps its number."""
-        if KV_HEADS not in {key.partition("@")[0] for key in self.maps} | self._axes():
+        groups = sibling(axis, KV_HEADS)
+        if groups not in {key.partition("@")[0] for key in self.maps} | self._axes():
             return
         heads, kv_heads = (
             self.axis_map(axis, layer)
             or Gather(tuple(range(self.target_sizes[axis])), self.source_sizes[axis])
-            for axis in (HEADS, KV_HEADS)
+            for axis in (axis, groups)
         )
         if not isinstance(heads, Gather) or not isinstance(kv_heads, Gather):
             return
+        where = axis if layer == "" else f"layer {layer}"
         if len(heads) % len(kv_heads) or heads.size % kv_heads.size:
-            yield f"layer {layer}: {len(heads)} query heads are no multiple of {len(kv_heads)} kv heads"
+            yield f"{where}: {len(heads)} query heads are no multiple of {len(kv_heads)} kv heads"
             return
         before, after = heads.size // kv_heads.size, len(heads) // len(kv_heads)
         for target, source in enumerate(heads.index):
             if source // before != kv_heads.index[target // after]:
                 yield (
-                    f"layer {layer}: query head {target} comes from head {source} of kv group {source // before}, "
+                    f"{where}: query head {target} comes from head {source} of kv group {source // before}, "
                     f"but its kv head comes from group {kv_heads.index[target // after]}"
                 )
                 return
@@ -192,7 +220,7 @@ class Plan:
         taken = [text for name, text in self.layouts.items() if not self.is_fresh(name)]
         return {axis for text in taken for dim in parse(text) for axis in dim.axes}
 
-    def axis_map(self, axis: str, layer: int | None = None, parameter: str = "") -> AxisMap | None:
+    def axis_map(self, axis: str, layer: int | str | None = None, parameter: str = "") -> AxisMap | None:
         """The map that holds for an axis in a target layer and parameter; None if its indices stay."""
         for key in (f"{axis}@{parameter}", f"{axis}@{layer}", axis):
             if key in self.maps:
@@ -265,19 +293,16 @@ class Plan:
         lines = [f"{self.method}({args}): {self.model_class} from {self.source}{commit}", ""]
         lines += _table(["", "source", "target", "keeps"], list(self._rows()))
         for key, axis_map in self.maps.items():
-            if "@" in key and not key.partition("@")[2].isdigit():
+            if "@" in key and not self._is_layer(key.partition("@")[2]):
                 return "\n".join(
                     [*lines, "", f"each parameter has indices of its own, for example {key}: {axis_map}"]
                 )
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[list[str]]:
-        shown = {axis for text in self.layouts.values() for dim in parse(text) for axis in dim.axes} | {
-            LAYERS,
-            HEADS,
-        }
-        for axis in AXES:
-            if axis in shown and axis in self.source_sizes:
+        shown = {axis for text in self.layouts.values() for dim in parse(text) for axis in dim.axes} | {HEADS}
+        for axis in self.source_sizes:
+            if axis in shown or axis in self.layers:
                 yield [
                     axis,
                     f"{self.source_sizes[axis]:,}",
@@ -297,16 +322,17 @@ class Plan:
         names = [
             name
             for name, text in self.layouts.items()
-            if axis in {a for dim in parse(text) for a in dim.axes} | ({LAYERS} if "*" in name else set())
+            if axis
+            in {a for dim in parse(text) for a in dim.axes} | (set(self.layers) if "*" in name else set())
         ]
         if self.is_fresh("*") or (names and all(map(self.is_fresh, names))):
             return "nothing: every weight is new"
-        if axis == LAYERS:
-            return str(Gather(self.layers, self.source_sizes[LAYERS]))
+        if axis in self.layers:
+            return str(Gather(self.layers[axis], self.source_sizes[axis]))
         scoped = [
             m
             for key, m in self.maps.items()
-            if key.startswith(f"{axis}@") and key.partition("@")[2].isdigit()
+            if key.startswith(f"{axis}@") and self._is_layer(key.partition("@")[2])
         ]
         if scoped:
             same = len(set(scoped)) == 1
@@ -316,8 +342,12 @@ class Plan:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no tuples: the sequence fields become what they were."""
-    names = ("index", "layers", "fresh", "parameters")
-    return {name: tuple(value) if name in names else value for name, value in values.items()}
+    plain = dict(values)
+    for name in plain.keys() & {"index", "fresh", "parameters"}:
+        plain[name] = tuple(plain[name])
+    if "layers" in plain:
+        plain["layers"] = {stack: tuple(kept) for stack, kept in plain["layers"].items()}
+    return plain
 
 
 def _bytes_each(dtype: Any) -> int:

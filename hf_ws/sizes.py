@@ -1,30 +1,28 @@
-"""The sizes of a config's axes, and the config of another size.
+"""The sizes of a config's axes: where each stands in the config, what it is, and the config with others.
 
     >>> from transformers import GPT2Config
-    >>> large = GPT2Config(n_embd=1280, n_head=20, n_layer=36)
-    >>> sizes_of(large)["ffn"]
+    >>> sizes_of(GPT2Config(n_embd=1280, n_head=20, n_layer=36))["ffn"]
     5120
-    >>> derive_config(large, hidden=512).n_head          # head_dim stays 64
-    8
 
-A config class spells its sizes its own way (`hidden_size`, `n_embd`, `d_model`, `dim`); `FIELDS` is the whole
-dictionary. What the user does not ask for follows from what they do: see `derive_config`.
+A config class spells its sizes its own way (`hidden_size`, `n_embd`, `d_model`, `dim`); `hf_ws.fields` is the whole
+dictionary. A config of several parts is a tree: the sizes of the text part, and of what belongs to the whole, go by
+plain names (`hidden`), those of any other part by its name as well (`vision_config.hidden`, `decoder.heads`), and a
+list with one entry per stage gives an axis per stage (`hidden.0`).
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from dataclasses import fields as declared
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig as Config
 
 from hf_ws.axes import (
     AXES,
-    EMBEDDING,
-    EXPERTS,
     FFN,
     HEAD_DIM,
     HEADS,
@@ -32,361 +30,343 @@ from hf_ws.axes import (
     KV_HEADS,
     LABELS,
     LAYERS,
-    MOE_FFN,
-    POSITIONS,
-    VOCAB,
+    kind_of,
+    sibling,
 )
-from hf_ws.errors import PlanError, SizeError
-
-FIELDS: dict[str, tuple[str, ...]] = {
-    HIDDEN: ("hidden_size", "n_embd", "d_model", "dim"),
-    LAYERS: ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    HEADS: ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    KV_HEADS: ("num_key_value_heads", "num_kv_heads"),
-    HEAD_DIM: ("head_dim",),
-    FFN: ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"),
-    MOE_FFN: ("moe_intermediate_size",),
-    EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts"),
-    VOCAB: ("vocab_size",),
-    POSITIONS: ("max_position_embeddings", "n_positions", "max_seq_len"),
-    EMBEDDING: ("embedding_size", "word_embed_proj_dim"),
-    LABELS: ("num_labels",),
-}
-"""How config classes spell each axis; the first name that a config has is the one it uses."""
+from hf_ws.fields import DERIVED, FIELDS, MIXERS, PARTS, SIZE_FIELDS
+from hf_ws.followers import FOLLOWERS
+from hf_ws.perlayer import follow_layers
 
 
-def _falcon_kv_heads(config: Config) -> int:
-    if config.new_decoder_architecture:
-        return config.num_kv_heads
-    return 1 if config.multi_query else config.num_attention_heads
+@dataclass(frozen=True)
+class Place:
+    """Where a config keeps a size."""
+
+    path: tuple[str, ...]
+    """The sub-configs on the way."""
+    field: str
+    index: int | None = None
+    """In a list with one entry per stage, or per layer."""
+    layer: int | None = None
+    """In the exceptions that `per_layer_config` makes for one layer."""
+
+    def read(self, config: Config) -> Any:
+        """What stands there."""
+        node = _node(config, self.path)
+        own = vars(node) if self.layer is None else _exceptions(node)[self.layer]
+        value = own[self.field] if self.field in own else getattr(node, self.field)
+        return value if self.index is None else value[self.index]
+
+    def write(self, values: dict[str, Any], size: int) -> None:
+        """Put a size there, in the dict that `to_dict` gives."""
+        values = _node(values, self.path)
+        if self.layer is not None:
+            layers = values["per_layer_config"]
+            values = layers[next(key for key in layers if int(key) == self.layer)]
+        if self.index is None:
+            values[self.field] = size
+        else:
+            values[self.field] = [*values[self.field]]
+            values[self.field][self.index] = size
 
 
-DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
-    "bloom": {FFN: lambda config: 4 * config.hidden_size},
-    "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
-    "falcon": {KV_HEADS: _falcon_kv_heads},
-}
-"""Sizes that a family computes from other fields although it may have a field of that name."""
+def _node(tree: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        tree = tree[name] if isinstance(tree, dict) else getattr(tree, name)
+    return tree
 
 
-FOLLOWERS = {("codegen", "n_ctx"): "n_positions", ("falcon", "num_kv_heads"): "num_attention_heads"}
-"""Fields that repeat another, by family, where they are no axis of their own."""
+def nodes(config: Config, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Config]]:
+    """Every config of the tree with the names of the sub-configs on the way, the whole first."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, Config):
+            yield from nodes(value, (*path, name))
+
+
+def main_path(config: Config) -> tuple[str, ...]:
+    """The way to the part whose sizes go by plain names: the text part, or the whole where that has a width itself."""
+    for path, text in nodes(config):
+        if path and path[-1] == "text_config":
+            own, its = (
+                next((vars(c)[n] for n in FIELDS[HIDDEN] if n in vars(c)), None) for c in (config, text)
+            )
+            repeats = any((config.model_type, name) in FOLLOWERS for name in FIELDS[HIDDEN])
+            return path if repeats or own in (None, its) else ()
+    return ()
+
+
+def _following(config: Config) -> dict[tuple[str, ...], tuple[str, ...] | Callable[[dict[str, Any]], int]]:
+    """The way to each field that repeats another, and to that other."""
+    ways = {}
+    for path, node in nodes(config):
+        for (model_type, name), leader in FOLLOWERS.items():
+            if node.model_type == model_type and not getattr(node, "new_decoder_architecture", False):
+                way = (*path, *leader.split(".")) if isinstance(leader, str) else leader
+                ways[*path, *name.split(".")] = way
+    return ways
+
+
+def places(config: Config) -> dict[str, tuple[Place, ...]]:
+    """Where each axis that has a field of its own stands; the first place counts, the others repeat it."""
+    main, followers = main_path(config), _following(config)
+    found: dict[str, tuple[Place, ...]] = {}
+    for path, node in sorted(nodes(config), key=lambda entry: entry[0] != main):
+        scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+        for axis, own in _own_places(node, path, followers).items():
+            same = not scope and axis in found and own[0].read(config) == found[axis][0].read(config)
+            found[f"{scope}{axis}"] = found[axis] + own if same else found.get(f"{scope}{axis}", own)
+    if not hasattr(type(config), "num_labels"):
+        return found
+    return found | {LABELS: (Place((), "num_labels"),)}
+
+
+def _own_places(
+    node: Config, path: tuple[str, ...], followers: Container[tuple[str, ...]]
+) -> dict[str, tuple[Place, ...]]:
+    """The axes of one config of the tree, by their names in it."""
+    derived = DERIVED.get(node.model_type, {})
+    open_falcon = getattr(node, "new_decoder_architecture", False)  # then its own kv heads count
+    computed = computed_fields(node.__class__)
+    counts = [vars(node)[name] for name in FIELDS[LAYERS] if name in vars(node)]
+    layers = None if any(isinstance(count, list | tuple) for count in counts) else next(iter(counts), None)
+    found: dict[str, list[Place]] = {}
+    for axis, names in FIELDS.items():
+        for name in (*names, *(f"{name}_per_layer" for name in names)):
+            if name not in vars(node) or (axis in derived and not open_falcon) or (*path, name) in followers:
+                continue
+            value = vars(node)[name]
+            if name in computed and not (axis == LAYERS and _listed(node, value)):
+                continue
+            if isinstance(value, list | tuple):
+                if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+                    continue
+                if axis != LAYERS and len(value) == layers:
+                    _by_value(found, axis, node, [(v, Place(path, name, i)) for i, v in enumerate(value)])
+                else:
+                    for i in range(len(value)):
+                        found.setdefault(f"{axis}.{i}", []).append(Place(path, name, i))
+            elif value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+                found.setdefault(axis, []).append(Place(path, name))
+        exceptions = [(at, own) for at, own in _exceptions(node).items() if own.keys() & {*names}]
+        places = [(own[n], Place(path, n, None, at)) for at, own in exceptions for n in names if n in own]
+        _by_value(found, axis, node, places)
+    if "mamba.heads" not in found:  # then they are of the only heads there are
+        found.pop("mamba.kv_heads", None)
+    elif KV_HEADS in found:
+        found[KV_HEADS] = [place for place in found[KV_HEADS] if place.field != "n_groups"]
+    for kind in (
+        LAYERS,
+        HEADS,
+        FFN,
+        KV_HEADS,
+    ):  # T5's `num_layers` are its encoder's, for its decoder has its own
+        if f"decoder.{kind}" in found and kind in found:
+            found.setdefault(f"encoder.{kind}", []).extend(found.pop(kind))
+    return {axis: _same(node, own) for axis, own in found.items()}
+
+
+def _by_value(
+    found: dict[str, list[Place]], axis: str, node: Config, entries: Sequence[tuple[int, Place]]
+) -> None:
+    """Places in single layers: one axis for each value that occurs, `ffn`, `ffn.1`, ...; mends `found`."""
+    values = [vars(node)[found[axis][0].field]] if axis in found else []
+    for value, place in entries:
+        if value not in values:
+            values.append(value)
+        at = values.index(value)
+        found.setdefault(f"{axis}.{at}" if at else axis, []).append(place)
+
+
+def _listed(node: Config, layers: int) -> bool:
+    """Whether a list says what each layer is, and so how many there are."""
+    return any(
+        "layer" in n and isinstance(v, list | tuple) and len(v) == layers for n, v in vars(node).items()
+    )
+
+
+def _exceptions(node: Config) -> dict[int, dict[str, Any]]:
+    """What single layers have otherwise than the whole: Gemma 4's full attention has wider heads."""
+    return node._heterogeneity_spec.per_layer_overrides if getattr(node, "is_heterogeneous", False) else {}
+
+
+@cache
+def computed_fields(config_class: Any) -> frozenset[str]:
+    """What the class sets by itself, from the fields that it declares: an entry in a file only repeats it."""
+    try:
+        made = config_class()
+    except Exception:  # a class without defaults; it may raise anything
+        return frozenset()
+    own = {config_class.attribute_map.get(field.name, field.name) for field in declared(config_class)}
+    return frozenset(
+        name for name, value in vars(made).items() if name not in own and not isinstance(value, Config)
+    )
+
+
+def _same(node: Config, own: list[Place]) -> tuple[Place, ...]:
+    """The first place, and those that repeat what it says."""
+
+    def value(place: Place) -> Any:
+        return Place((), place.field, place.index, place.layer).read(node)
+
+    first = value(own[0])
+    return tuple(p for i, p in enumerate(own) if i == 0 or (first is not None and value(p) == first))
+
+
+def sizes_of(config: Config) -> dict[str, int]:
+    """The size of every axis that the config has, in the order of `AXES`, the text part's first."""
+    found: dict[str, int | None] = {}
+    followers = _following(config)
+    for axis, own in places(config).items():
+        found[axis] = own[0].read(config)
+    for path, node in nodes(config):
+        scope = "" if path == main_path(config)[: len(path)] else "".join(f"{name}." for name in path)
+        for axis, derived in DERIVED.get(node.model_type, {}).items():
+            found[f"{scope}{axis}"] = derived(node)
+        for axis, names in FIELDS.items():
+            if axis != LAYERS:
+                computed = [
+                    name for name in names if name in computed_fields(node.__class__) & vars(node).keys()
+                ]
+                if not computed or (*path, computed[0]) in followers:
+                    continue
+                if f"{scope}{axis}" not in found and f"{scope}{axis}.0" not in found:
+                    found[f"{scope}{axis}"] = vars(node)[computed[0]]
+    _complete(found)
+    order = {kind: at for at, kind in enumerate(AXES)}
+    known = {
+        axis: size for axis, size in found.items() if isinstance(size, int) and not isinstance(size, bool)
+    }
+    return {axis: known[axis] for axis in sorted(known, key=lambda a: (_scope(a), order[kind_of(a)], a))}
+
+
+def _scope(axis: str) -> str:
+    return axis.rpartition(kind_of(axis))[0]
+
+
+def near(axis: str, kind: str, sizes: Mapping[str, int | None]) -> str | None:
+    """The axis of another kind that goes with this one: of its own stage, stack, or what its stacks share."""
+    scope, _, stage = axis.rpartition(kind_of(axis))
+    scopes = [scope]
+    if scope[:-1].rpartition(".")[2] in PARTS:
+        scopes.append("".join(scope[:-1].rpartition(".")[:2]))
+    names = [f"{own}{kind}{of}" for own in scopes for of in dict.fromkeys((stage, ""))]
+    return next((name for name in names if sizes.get(name)), None)
+
+
+def _complete(found: dict[str, int | None]) -> None:
+    """What follows where a config leaves it open: head_dim = hidden / heads, kv_heads = heads, ffn = 4 hidden."""
+    for axis, heads in list(found.items()):
+        if kind_of(axis) != HEADS or not heads:
+            continue
+        found[sibling(axis, KV_HEADS)] = found.get(sibling(axis, KV_HEADS)) or heads
+        if _scope(axis)[:-1].rpartition(".")[2] in MIXERS:
+            continue
+        hidden = near(axis, HIDDEN, found)
+        staged = axis[-1].isdigit() and hidden and not hidden[-1].isdigit()  # wider by an unknown factor
+        if near(axis, HEAD_DIM, found) is None and hidden and not staged:
+            found[sibling(axis, HEAD_DIM)] = (found[hidden] or 0) // heads
+    for axis, ffn in list(found.items()):  # as GPT-2, GPT-Neo, GPT-J, CodeGen: all whose field may be empty
+        if kind_of(axis) == FFN and ffn is None and (hidden := near(axis, HIDDEN, found)):
+            found[axis] = 4 * (found[hidden] or 0)
+
+
+def owner(config: Config, axis: str) -> Config:
+    """The config of the tree whose stack this axis belongs to."""
+    heads = near(axis, HEADS, sizes_of(config)) or axis
+    found = places(config).get(axis) or places(config).get(heads)
+    return dict(nodes(config))[found[0].path if found else ()]
 
 
 def field_of(config: Config, axis: str) -> str | None:
     """The config's own name for an axis, None if it has none of its own (its size then follows others)."""
-    if axis in DERIVED.get(config.model_type, {}) and not getattr(config, "new_decoder_architecture", False):
-        return None
-    if axis == LABELS:
-        return "num_labels"  # a property: what is stored is a dictionary of their names
-    return next((name for name in FIELDS[axis] if name in vars(config)), None)
+    own = places(config).get(axis)
+    return own[0].field if own else None
 
 
-def sizes_of(config: Config) -> dict[str, int]:
-    """The size of every axis that the config has, in the order of `AXES`.
-
-    Raises:
-        SizeError: the config has no hidden size, layers or heads under a known name.
-    """
-    found: dict[str, int | None] = {}
-    for axis in AXES:
-        derived = DERIVED.get(config.model_type, {}).get(axis)
-        name = field_of(config, axis)
-        found[axis] = derived(config) if derived else getattr(config, name) if name else None
-    missing = [axis for axis in (HIDDEN, LAYERS, HEADS) if not isinstance(found[axis], int)]
-    if missing:
-        names = "; ".join(f"{axis}: {', '.join(FIELDS[axis])}" for axis in missing)
-        raise SizeError(
-            f"{type(config).__name__} spells no {' and no '.join(missing)} that is known here ({names})"
-        )
-    hidden, heads = found[HIDDEN], found[HEADS]
-    assert hidden is not None
-    assert heads is not None
-    found[HEAD_DIM] = found[HEAD_DIM] or hidden // heads
-    found[KV_HEADS] = found[KV_HEADS] or heads
-    if found[FFN] is None and field_of(config, FFN):
-        found[FFN] = (
-            4 * hidden
-        )  # what every family whose field may be empty does (GPT-2, GPT-Neo, GPT-J, CodeGen)
-    return {axis: size for axis, size in found.items() if size is not None}
+def layer_axes(config: Config) -> tuple[str, ...]:
+    """The axes that count layers, one for each stack."""
+    return tuple(axis for axis in sizes_of(config) if kind_of(axis) == LAYERS)
 
 
 def resize(
-    config: Config, sizes: Mapping[str, int], kept: Sequence[int] | None = None, **fields: Any
+    config: Config,
+    sizes: Mapping[str, int],
+    kept: Mapping[str, Sequence[int]] | None = None,
+    **fields: Any,
 ) -> Config:
     """A config like `config` with these sizes: no rule is applied, the class alone decides what is legal.
 
     Args:
         config: The source's config; not changed.
         sizes: New sizes by axis. Axes left out, and axes that follow others in this family, are not set.
-        kept: The source layer of each target layer; lists with one entry per layer follow it.
-        fields: Other fields, in the class's own spelling.
+        kept: The source layer of each target layer, by layer axis; lists with one entry per layer follow it.
+        fields: Other fields, in the class's own spelling; `vision_config.patch_size` is one of a sub-config.
     """
     values = config.to_dict()
     for name in ("transformers_version", "_name_or_path"):
         values.pop(name, None)
-    if kept is not None:
-        _follow_layers(values, kept, sizes_of(config)[LAYERS])
+    known, found = sizes_of(config), places(config)
     for axis, size in sizes.items():
-        if (own := field_of(config, axis)) is not None:
-            values[own] = size
-    if sizes.get(LABELS, config.num_labels) != config.num_labels:
+        for place in found.get(axis, ()):
+            place.write(values, size)
+    for axis, layers in (kept or {}).items():
+        if found[axis][0].index is None:  # a list with one entry per stage says nothing of a stage's layers
+            follow_layers(_node(values, found[axis][0].path), layers, known[axis], SIZE_FIELDS)
+    _forget_computed(config, values)
+    _turn_the_same_part(config, values)
+    if sizes.get(LABELS, known.get(LABELS)) != known.get(LABELS):
         del values["id2label"], values["label2id"]
     else:
         values.pop("num_labels", None)
-    for (model_type, name), leader in FOLLOWERS.items():
-        if config.model_type == model_type and name not in map(partial(field_of, config), AXES):
-            values[name] = values[leader]
-    return type(config).from_dict(values | fields)
-
-
-def _follow_layers(values: dict[str, Any], kept: Sequence[int], layers: int) -> None:
-    """Every per-layer entry of a config's dict rewritten for the kept layers, in place."""
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) == layers and ("layer" in name or "pattern" in name):
-            values[name] = [value[i] for i in kept]
-    if (
-        "attention_types" in values
-    ):  # GPT-Neo writes its list run by run, and derives `attention_layers` from it
-        values["attention_types"] = [[list(values["attention_layers"]), 1]]
-    if "mlp_only_layers" in values:  # Qwen MoE: which layers are dense, by index or by a step
-        dense, step = set(values["mlp_only_layers"] or ()), values.get("decoder_sparse_step", 1)
-        dense |= {i for i in range(layers) if (i + 1) % step}
-        values["mlp_only_layers"] = [j for j, i in enumerate(kept) if i in dense]
-        values["decoder_sparse_step"] = 1
-    if isinstance(values.get("max_window_layers"), int):
-        values["max_window_layers"] = min(values["max_window_layers"], len(kept))
-
-
-def derive_config(
-    config: Config,
-    *,
-    hidden: int | None = None,
-    layers: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    ffn: int | None = None,
-    vocab: int | None = None,
-    experts: int | None = None,
-    kept: Sequence[int] | None = None,
-    **config_fields: Any,
-) -> Config:
-    """The config of another size: what is asked for, and what follows from it.
-
-    `head_dim` stays, so `heads` follows `hidden`. The ratio of query heads to key/value heads stays, or becomes the
-    nearest legal one that gives no key/value head more query heads than it had. The ratio of `ffn` to `hidden` stays,
-    rounded to a multiple of 64 (or of what the source's own is a multiple of, if that is less). Lists with one entry
-    per layer follow the kept layers.
-
-    Args:
-        config: The source's config; not changed.
-        hidden: Width of the residual stream.
-        layers: Number of layers.
-        heads: Query heads.
-        kv_heads: Key/value heads.
-        head_dim: Channels in a head.
-        ffn: Neurons of a feed-forward block.
-        vocab: Rows of the token embedding.
-        experts: Routed experts in a layer.
-        kept: The source layer of each target layer; the first `layers` if not given.
-        config_fields: Any field of the config class in its own spelling. One that names a size (`n_embd`,
-            `hidden_size`) means the same as ours.
-
-    Raises:
-        SizeError: no legal target has these sizes; lists every violation and the nearest legal values.
-        PlanError: a field that the class does not have, or a size that was given twice.
-    """
-    named = {
-        HIDDEN: hidden,
-        LAYERS: layers,
-        HEADS: heads,
-        KV_HEADS: kv_heads,
-        HEAD_DIM: head_dim,
-        FFN: ffn,
-        VOCAB: vocab,
-        EXPERTS: experts,
-    }
-    asked, fields = read_request(
-        config, {axis: size for axis, size in named.items() if size is not None}, config_fields
-    )
-    if kept is not None:
-        if asked.setdefault(LAYERS, len(kept)) != len(kept):
-            raise SizeError(f"layers={asked[LAYERS]}, but {len(kept)} layers are kept: {list(kept)}")
-        depth = sizes_of(config)[LAYERS]
-        outside = [i for i in kept if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth]
-        if outside or not kept:
-            raise SizeError(f"kept layers {list(kept)}: allowed are 0 to {depth - 1}, at least one")
-    problems, derived = _attempt(config, asked, kept, fields)
-    if derived is None:
-        raise SizeError("; ".join(problems + list(_hints(config, asked, kept, fields))))
-    return derived
-
-
-def read_request(
-    config: Config, asked: Mapping[str, int], fields: Mapping[str, Any]
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """What was asked for, as sizes by axis and other fields in the class's own spelling. Raises as `derive_config`."""
-    sizes, rest = dict(asked), dict[str, Any]()
-    spelled = {name: axis for axis, names in FIELDS.items() for name in (*names, axis)}
-    known = set(config.to_dict()) | set(config.attribute_map) | {"num_labels"}
     for name, value in fields.items():
-        axis = spelled.get(name)
-        if name in ("id2label", "label2id") and value:
-            pairs = value.items() if name == "id2label" else ((i, label) for label, i in value.items())
-            names = {int(i): label for i, label in pairs}
-            rest |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
-            if sizes.setdefault(LABELS, len(names)) != len(names):
-                raise PlanError(f"labels is given twice: {sizes[LABELS]}, and {len(names)} in {name}")
-        elif axis is not None and (name in known or axis in sizes_of(config)):
-            if value is not None and sizes.setdefault(axis, value) != value:
-                raise PlanError(f"{axis} is given twice: {axis}={sizes[axis]} and {name}={value}")
-        elif name in known:
-            rest[config.attribute_map.get(name, name)] = value
-        else:
-            near = difflib.get_close_matches(name, [*AXES, *known], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"{type(config).__name__} has no field {name!r}{hint}")
-    return sizes, rest
+        *path, last = name.split(".")
+        last = getattr(_node(config, path), "attribute_map", {}).get(last, last)
+        _node(values, path)[last] = value
+    for (*path, last), leader in _following(config).items():
+        node = _node(values, path)
+        node[last] = leader(node) if callable(leader) else _node(values, leader)
+    return type(config).from_dict(values)
 
 
-def _attempt(
-    config: Config, asked: Mapping[str, int], kept: Sequence[int] | None, fields: Mapping[str, Any]
-) -> tuple[list[str], Config | None]:
-    """The derived config, or why there is none."""
-    source = sizes_of(config)
-    problems = list(_malformed(config, source, asked))
-    if problems:
-        return problems, None
-    target = _follow(config, source, asked)
-    problems = list(_violations(config, source, target, asked, fields))
-    if problems:
-        return problems, None
-    changed = {axis: size for axis, size in target.items() if size != source[axis] or axis in asked}
-    if HEADS in changed:  # where the field may be empty (Mixtral), it would follow hidden / heads
-        changed[HEAD_DIM] = target[HEAD_DIM]
-    if kept is None and target[LAYERS] != source[LAYERS]:
-        kept = [min(i, source[LAYERS] - 1) for i in range(target[LAYERS])]
-    try:
-        derived = resize(config, changed, kept, **fields)
-    except Exception as error:  # a config class may raise anything; whatever it is, it refused these sizes
-        return [f"{type(config).__name__} refuses these sizes: {_innermost(error)}"], None
-    wrong = {axis: size for axis, size in sizes_of(derived).items() if size != target[axis]}
-    return [
-        f"{axis} cannot be {target[axis]} here: it follows the other sizes and is {size}"
-        for axis, size in wrong.items()
-    ], (None if wrong else derived)
-
-
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _malformed(config: Config, source: Mapping[str, int], asked: Mapping[str, int]) -> Iterator[str]:
-    for axis, size in asked.items():
-        if axis not in source:
-            yield f"{axis}={size}: {type(config).__name__} has no {axis}; it has {', '.join(source)}"
-        elif isinstance(size, bool) or not isinstance(size, int):
-            yield f"{axis}={size!r} is not a whole number"
-        elif not 1 <= size < 2**31:
-            yield f"{axis}={size} is out of range: allowed are 1 to {2**31 - 1}"
-
-
-def _follow(config: Config, source: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, int]:
-    """Every size of the target: what was asked for, the rest by the rules of `derive_config`."""
-    target = dict(source) | dict(asked)
-    own_head_dim = field_of(config, HEAD_DIM) is not None
-    if HEADS not in asked and HIDDEN in asked:
-        if source[HEADS] * source[HEAD_DIM] == source[HIDDEN]:
-            target[HEADS] = target[HIDDEN] // target[HEAD_DIM]
-        else:
-            target[HEADS] = max(1, round(source[HEADS] * target[HIDDEN] / source[HIDDEN]))
-    if HEAD_DIM not in asked and not own_head_dim and target[HEADS]:
-        target[HEAD_DIM] = target[HIDDEN] // target[HEADS]
-        if HEADS not in asked:
-            target[HEAD_DIM] = source[HEAD_DIM]
-    if KV_HEADS not in asked and target[HEADS]:
-        width = source[HEADS] / source[KV_HEADS]  # wider groups no selection of whole heads could give
-        target[KV_HEADS] = min(d for d in _divisors(target[HEADS]) if target[HEADS] <= d * width)
-    for axis in (FFN, MOE_FFN):
-        if axis in source and axis not in asked and HIDDEN in asked:
-            unit = math.gcd(64, source[axis])
-            wanted = source[axis] * target[HIDDEN] / source[HIDDEN]
-            target[axis] = max(unit, unit * round(wanted / unit))
-    if EMBEDDING in source and EMBEDDING not in asked and source[EMBEDDING] == source[HIDDEN]:
-        target[EMBEDDING] = target[HIDDEN]
-    for axis in DERIVED.get(config.model_type, {}):
-        if axis == FFN and axis not in asked:
-            target[axis] = source[axis] * target[HIDDEN] // source[HIDDEN]
-    return target
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _violations(
-    config: Config,
-    source: Mapping[str, int],
-    target: Mapping[str, int],
-    asked: Mapping[str, int],
-    fields: Mapping[str, Any],
-) -> Iterator[str]:
-    hidden, heads, kv_heads, head_dim = (target[a] for a in (HIDDEN, HEADS, KV_HEADS, HEAD_DIM))
-    coupled = field_of(config, HEAD_DIM) is None
-    followed = source[HEADS] * source[HEAD_DIM] == source[HIDDEN] and HIDDEN in asked and HEADS not in asked
-    if heads < 1 or ((coupled or followed) and hidden != heads * head_dim):
-        yield f"hidden={hidden} is not a whole number of heads of {head_dim} channels"
-    elif heads % kv_heads:
-        yield f"heads={heads} is no multiple of kv_heads={kv_heads}"
-    if head_dim % 2 and hasattr(config, "rope_parameters"):
-        yield f"head_dim={head_dim} is odd, and rotary positions turn pairs of channels"
-
-    def value(name: str) -> Any:
-        return fields.get(name, getattr(config, name, None))
-
-    rotary_dim, per_token = value("rotary_dim"), value("num_experts_per_tok")
-    if isinstance(rotary_dim, int) and rotary_dim > head_dim:
-        yield f"head_dim={head_dim} is less than rotary_dim={rotary_dim}; give rotary_dim= as well"
-    if EXPERTS in target and isinstance(per_token, int) and target[EXPERTS] < per_token:
-        yield f"experts={target[EXPERTS]} is less than the {per_token} that each token is sent to"
-    if VOCAB in asked:
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = value(name) if isinstance(value(name), list) else [value(name)]
-            if any(isinstance(i, int) and i >= asked[VOCAB] for i in ids):
-                yield f"vocab={asked[VOCAB]} leaves out {name}={value(name)}; give {name}= as well"
-
-
-def _hints(
-    config: Config, asked: Mapping[str, int], kept: Sequence[int] | None, fields: Mapping[str, Any]
-) -> Iterator[str]:
-    """For each size asked for that alone can mend the request, its nearest legal values."""
-    for axis, size in asked.items():
-        if isinstance(size, bool) or not isinstance(size, int) or axis == LAYERS:
+def _turn_the_same_part(config: Config, values: dict[str, Any]) -> None:
+    """Mistral 4 keeps the part of a head that is rotated as a fraction too: it follows, in place."""
+    for path, node in nodes(config):
+        own = _node(values, path)
+        rope, turned, rest = (own.get(n) for n in ("rope_parameters", "qk_rope_head_dim", "qk_nope_head_dim"))
+        if not isinstance(rope, dict) or not turned or not rest:
             continue
-        smaller, larger = (
-            range(min(size, 2**20) - 1, max(0, size - 513), -1),
-            range(max(size, 0) + 1, size + 513),
-        )
-        legal = []
-        for candidates in (smaller, larger):
-            for candidate in candidates:
-                if _attempt(config, {**asked, axis: candidate}, kept, fields)[1] is not None:
-                    legal.append(candidate)
-                    break
-        if legal:
-            yield f"nearest legal: {axis}={' or '.join(map(str, legal))}"
+        before = vars(node)["qk_rope_head_dim"], vars(node)["qk_nope_head_dim"]
+        if rope.get("partial_rotary_factor") == before[0] / sum(before):
+            own["rope_parameters"] = rope | {"partial_rotary_factor": turned / (turned + rest)}
 
 
-def layer_kinds(config: Config) -> list[str]:
+def _forget_computed(config: Config, values: dict[str, Any]) -> None:
+    """Leave out what the class computes from the rest, in place: it shall follow the new sizes."""
+    for path, node in nodes(config):
+        computed = computed_fields(node.__class__) & _node(values, path).keys()
+        if not computed:
+            continue
+        names = {node.attribute_map.get(field.name, field.name) for field in declared(type(node))}
+        own = {name: vars(node)[name] for name in names & vars(node).keys() & _node(values, path).keys()}
+        if exceptions := _exceptions(node):
+            own["per_layer_config"] = exceptions
+        again = vars(type(node)(**deepcopy(own)))
+        for name in computed:
+            if name in again and again[name] == vars(node).get(name):
+                del _node(values, path)[name]
+
+
+def layer_kinds(config: Config, axis: str = LAYERS) -> list[str]:
     """For each layer, all that the config says about that layer alone; layers of one kind have one structure."""
-    layers = sizes_of(config)[LAYERS]
+    layers, (place, *_) = sizes_of(config)[axis], places(config)[axis]
+    if place.index is not None:  # a list with one entry per stage says nothing of a stage's layers
+        return [""] * layers
+    path = place.path
+    whole = _node(config.to_dict(), path)
     kinds = []
     for i in range(layers):
-        values = config.to_dict()
-        names = [name for name, value in values.items() if "layer" in name or "pattern" in name]
-        _follow_layers(values, [i], layers)
-        kinds.append(repr([(name, values[name]) for name in names]))
+        values = dict(whole)
+        follow_layers(values, [i], layers, SIZE_FIELDS)
+        kinds.append(repr([(name, value) for name, value in values.items() if value is not whole[name]]))
     return kinds

@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_ws.axes import HEADS, KV_HEADS, parse
+from hf_ws.axes import HEADS, KV_HEADS, kind_of, parse, sibling, split_key
 from hf_ws.errors import CheckpointError, PlanError
 from hf_ws.evidence import Evidence
-from hf_ws.layouts import Certificate, certify, generic, select
-from hf_ws.layouts.infer import build_on_meta
+from hf_ws.layouts import Certificate, certify, generic, select, tensors_of
+from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
 from hf_ws.scores import SCORES
 from hf_ws.sizes import sizes_of
@@ -34,9 +34,9 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
     """
     certificate = _certificate(plan, source)
     maps: dict[str, AxisMap] = dict(plan.maps)
-    scores: dict[tuple[str, int | None, str], Tensor] = {}
+    scores: dict[tuple[str, int | str | None, str], Tensor] = {}
 
-    def score(axis: str, layer: int | None, by: str) -> Tensor:
+    def score(axis: str, layer: int | str | None, by: str) -> Tensor:
         key = (axis, layer, by)
         if key not in scores:
             if by not in SCORES:
@@ -51,24 +51,25 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         return scores[key]
 
     order = sorted(
-        maps, key=lambda key: key.partition("@")[0] == HEADS
+        maps, key=lambda key: kind_of(key.partition("@")[0]) == HEADS
     )  # kv groups first: their heads follow
     for key in tqdm(order, desc="ranking", delay=2):
         axis_map = maps[key]
         if not isinstance(axis_map, Rank):
             continue
         axis, _, scope = key.partition("@")
-        layer = plan.layers[int(scope)] if scope else None
-        if axis == KV_HEADS:
-            of_heads = score(HEADS, layer, axis_map.score)
+        layer = plan.source_layer(scope) if scope else None
+        if kind_of(axis) == KV_HEADS:
+            of_heads = score(sibling(axis, HEADS), layer, axis_map.score)
             kept = _top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep)
-        elif axis == HEADS:
-            groups = maps.get(f"{KV_HEADS}@{scope}" if scope else KV_HEADS)
+        elif kind_of(axis) == HEADS:
+            grouping = sibling(axis, KV_HEADS)
+            groups = maps.get(f"{grouping}@{scope}" if scope else grouping)
             if not isinstance(groups, Gather):
                 raise PlanError(
-                    f"{key} is ranked and its {KV_HEADS} have no map; a method gives both or neither"
+                    f"{key} is ranked and its {grouping} have no map; a method gives both or neither"
                 )
-            kept = _heads(score(HEADS, layer, axis_map.score), groups, axis_map.keep)
+            kept = _heads(score(axis, layer, axis_map.score), groups, axis_map.keep)
         else:
             kept = _top(score(axis, layer, axis_map.score), axis_map.keep)
         maps[key] = Gather(kept, axis_map.size, axis_map.score)
@@ -151,7 +152,7 @@ def _tensors(
     """Every tensor of the target that the source has a part in."""
     certificate = _certificate(plan, source)
     tensors: dict[str, Tensor] = {}
-    for name, parameter in tqdm(list(model.named_parameters()), desc="transferring", unit="tensor", delay=2):
+    for name, parameter in tqdm(list(tensors_of(model).items()), desc="transferring", unit="tensor", delay=2):
         pattern, layer = generic(name, certificate.stacks)
         if plan.is_fresh(pattern):
             continue
@@ -161,18 +162,24 @@ def _tensors(
             axis_map = plan.axis_map(axis, layer, name)
             if isinstance(axis_map, Gather):
                 maps[axis] = axis_map.as_array
-        weight = source.tensor(name if layer is None else pattern.replace("*", str(plan.layers[layer]), 1))
+        weight = source.tensor(name if layer is None else source_name(plan, pattern, layer))
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
         shared = made.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
             wide = made.to(torch.promote_types(weight.dtype, dtype or weight.dtype))
             made, shared = (wide * gain if shared else wide.mul_(gain)), False
-        made = made.to(device=device or "cpu", dtype=dtype or weight.dtype, copy=shared)
+        kept_type = weight.dtype if not parameter.is_floating_point() else dtype or weight.dtype
+        made = made.to(device=device or "cpu", dtype=kept_type, copy=shared)
         assert made.shape == parameter.shape, (
             f"{name}: made {tuple(made.shape)}, wanted {tuple(parameter.shape)}"
         )
         tensors[name] = made.contiguous()
     return tensors
+
+
+def source_name(plan: Plan, pattern: str, layer: int | str) -> str:
+    """The source's name of a tensor in a target layer."""
+    return pattern.replace("*", str(split_key(plan.source_layer(layer))[1]), 1)
 
 
 def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype) -> None:
@@ -195,12 +202,14 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: 
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            else:
+                buffer._is_hf_initialized = True
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: no accelerator's is forked
         model.initialize_weights()
     model.tie_weights()
-    for parameter in model.parameters():
-        vars(parameter).pop("_is_hf_initialized", None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        vars(tensor).pop("_is_hf_initialized", None)
 
 
 def _generation(model: PreTrainedModel, source: Source) -> None:

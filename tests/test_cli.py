@@ -125,7 +125,7 @@ def test_plan_as_json_says_what_the_table_says(run: Callable[..., Outcome], sour
     parsed = json.loads(run("plan", source, *HALF, "--kv_heads", "1", "--layer-policy", "1", "--json").out)
     assert parsed["sizes"]["source"]["hidden"] == 24
     assert parsed["sizes"]["target"] | {"hidden": 12, "kv_heads": 1, "layers": 1} == parsed["sizes"]["target"]
-    assert parsed["layers"] == [1]
+    assert parsed["layers"] == {"layers": [1]}
     assert parsed["target_config"]["hidden_size"] == 12
     assert parsed["settled"] is True
 
@@ -331,11 +331,11 @@ def test_certify_proves_types_classes_and_folders(run: Callable[..., Outcome], s
     verdicts = json.loads(outcome.out)
     assert [verdict["model_class"] for verdict in verdicts] == ["LlamaForCausalLM"] * 3
     for verdict in verdicts:
-        assert verdict["proven"] is True
+        assert verdict["verdict"] == "certified"
         assert 0 <= verdict["largest_error"] < 2e-5
         assert verdict["layouts"]["model.layers.*.mlp.down_proj.weight"] == "hidden <ffn"
     text = run("certify", "llama", "--layouts").out
-    assert text.startswith("llama: proven")
+    assert text.startswith("llama: certified")
     assert "model.layers.*.mlp.down_proj.weight: hidden <ffn" in text
 
 
@@ -343,7 +343,7 @@ def test_certify_exits_3_if_any_is_refused(run: Callable[..., Outcome]) -> None:
     outcome = run("certify", "llama", "no-such-model-type-")
     assert outcome.code == 3
     first, second = outcome.out.splitlines()
-    assert first.startswith("llama: proven")
+    assert first.startswith("llama: certified")
     assert second.startswith("no-such-model-type-: refused")
     assert run("certify").code == 2
 

@@ -339,7 +339,7 @@ def test_the_loud_heads_of_a_fused_qkv_are_kept() -> None:
             block.attn.c_attn.weight[:, 128 + rows_of(heads, 8)] *= 100  # only v makes a head loud
             block.attn.c_attn.bias[:128] *= 100
     target = subclone(model, hidden=32, layers=2, calibration=IDS)
-    assert target.hf_ws_plan.layers == (0, 3)
+    assert target.hf_ws_plan.layers == {"layers": (0, 3)}
     for layer in range(2):
         assert index_of(target, f"heads@{layer}") == heads
 
@@ -468,7 +468,7 @@ def test_dropping_layers_alone_is_the_source_with_those_blocks_passed_by() -> No
         source = families.model(family).double()
         for keep, kept in ((3, (0, 1, 3)), (2, (0, 3)), (1, (0,))):
             target = subclone(source, layers=keep)
-            assert target.hf_ws_plan.layers == kept
+            assert target.hf_ws_plan.layers == {"layers": kept}
             dropped = [b for i, b in enumerate(source.get_submodule(stack)) if i not in kept]
             hooks = [
                 b.register_forward_hook(
@@ -740,12 +740,12 @@ def test_layers_may_be_named_or_chosen_by_a_callable(policy: Any) -> None:
 
 def test_the_users_policy_wins_over_the_methods_own() -> None:
     source = families.model("llama")
-    assert AutoSubclone.plan(source, layers=2).layers == (0, 3)
-    assert AutoSubclone.plan(source, layers=2, layer_policy="first").layers == (0, 1)
-    assert AutoSubclone.plan(source, layers=2, method="weight_selection").layers == (0, 1)
+    assert AutoSubclone.plan(source, layers=2).layers == {"layers": (0, 3)}
+    assert AutoSubclone.plan(source, layers=2, layer_policy="first").layers == {"layers": (0, 1)}
+    assert AutoSubclone.plan(source, layers=2, method="weight_selection").layers == {"layers": (0, 1)}
     assert AutoSubclone.plan(
         source, layers=2, layer_policy="middle_dropped", method="weight_selection"
-    ).layers == (0, 3)
+    ).layers == {"layers": (0, 3)}
 
 
 # ------------------------------------------------------------------------------------------------ the target

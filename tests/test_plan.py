@@ -41,10 +41,10 @@ def _maps(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": (0,)}, r"1 layers are named, the target has 2"),
-        ({"layers": (0, 4)}, r"layers \[4\] are outside the source's 0 to 3"),
-        ({"layers": (-1, 0)}, r"layers \[-1\] are outside the source's 0 to 3"),
-        ({"maps": {"width": Gather((0,), 1)}}, r"width names no axis; known are hidden, heads"),
+        ({"layers": {"layers": (0,)}}, r"1 layers are named, the target has 2"),
+        ({"layers": {"layers": (0, 4)}}, r"layers \[4\] are outside the source's 0 to 3"),
+        ({"layers": {"layers": (-1, 0)}}, r"layers \[-1\] are outside the source's 0 to 3"),
+        ({"maps": {"width": Gather((0,), 1)}}, r"width names no axis; known are hidden, "),
         ({"maps": {"experts": Gather((0,), 1)}}, r"experts maps an axis that this model does not have"),
         (
             {"maps": {"hidden": Gather(tuple(range(16)), 64)}},
@@ -71,7 +71,7 @@ def _maps(**changed: Any) -> dict[str, Any]:
         ),
         (
             {"maps": {"heads": Gather((0, 1, 2, 3), 8)}},
-            r"layer 0: query head 2 comes from head 2 of kv group 1, but its kv head comes from group 2",
+            r"heads: query head 2 comes from head 2 of kv group 1, but its kv head comes from group 2",
         ),
         (
             {"maps": {"kv_heads@1": Gather((3, 0), 4)}},
@@ -97,7 +97,7 @@ def test_an_inconsistent_plan_is_refused(changes: dict[str, Any], message: str) 
 
 def test_every_problem_is_named() -> None:
     with pytest.raises(PlanError) as caught:
-        replace(plan(), layers=(0, 9), gains={Q_PROJ: -1.0})
+        replace(plan(), layers={"layers": (0, 9)}, gains={Q_PROJ: -1.0})
     assert "layers [9]" in str(caught.value)
     assert "gain -1.0" in str(caught.value)
 
@@ -200,10 +200,10 @@ def test_saving_says_the_same_thing_every_time(tmp_path: Path) -> None:
         "null",
         "3",
         "{}",
-        '{"format": 1}',
-        '{"format": 1, "maps": []}',
-        '{"format": 1, "maps": {"hidden": {"kind": "Gather"}}}',
-        '{"format": 1, "maps": {"hidden": {"kind": "os.system", "index": [0], "size": 1}}}',
+        '{"format": 2}',
+        '{"format": 2, "maps": []}',
+        '{"format": 2, "maps": {"hidden": {"kind": "Gather"}}}',
+        '{"format": 2, "maps": {"hidden": {"kind": "os.system", "index": [0], "size": 1}}}',
         '{"model_type": "llama", "hidden_size": 64}',
     ],
 )
@@ -228,21 +228,22 @@ def _edited(path: Path, **changes: Any) -> Path:
 
 
 def test_a_plan_of_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="is a plan of another format than 1; make it again"):
-        Plan.load(_edited(tmp_path / "plan.json", format=2))
+    with pytest.raises(PlanError, match="is a plan of another format than 2; make it again"):
+        Plan.load(_edited(tmp_path / "plan.json", format=1))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": [0, 7]}, r"layers \[7\] are outside"),
+        ({"layers": {"layers": [0, 7]}}, r"layers \[7\] are outside"),
+        ({"layers": [0, 1]}, r"is not a saved plan"),
         ({"layers": 3}, r"is not a saved plan"),
-        ({"layers": ["0", "1"]}, r"is not a saved plan"),
+        ({"layers": {"layers": ["0", "1"]}}, r"is not a saved plan"),
         (
             {"maps": {"hidden": {"kind": "Gather", "index": ["a"], "size": 64}}},
             r"is not a saved plan|inconsistent",
         ),
-        ({"target_sizes": {}}, r"is not a saved plan"),
+        ({"target_sizes": {}}, r"2 layers are named, the target has None"),
         ({"surprise": 1}, r"is not a saved plan"),
         ({"layouts": {"model.x": "(hidden"}}, r"is not a saved plan"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,27 +18,19 @@ from hf_ws.errors import CheckpointError, HfWsError, PlanError, UnsupportedArchi
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hf_ws.layouts.catalogue import Verdict
 
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one proof."""
 
-    name: str
-    model_class: str | None
-    proven: bool
-    axes: tuple[str, ...] = ()
-    largest_error: float | None = None
-    """What the worst of the proofs moved the output by, as a share of its largest value."""
-    seconds: float = 0.0
-    reason: str | None = None
-    """Why it was refused."""
-    layouts: dict[str, str] | None = None
+class Kind(StrEnum):
+    """The kinds of `hf_ws.layouts.catalogue.KINDS`, which is not imported for a `--help`."""
 
-    def __str__(self) -> str:
-        start = f"{self.name}: {'proven' if self.proven else 'refused'}  {self.seconds:.1f} s"
-        if not self.proven:
-            return f"{start}  {' '.join((self.reason or '').split())}"
-        return f"{start}  error {self.largest_error:.0e}  {self.model_class}: {' '.join(self.axes)}"
+    seq2seq = "seq2seq"
+    masked_lm = "masked-lm"
+    causal_lm = "causal-lm"
+    speech = "speech"
+    vision = "vision"
+    multimodal = "multimodal"
+    base = "base"
 
 
 def certify(
@@ -46,72 +40,88 @@ def certify(
             metavar="[NAME]...", help="Model types (llama), classes (BertForMaskedLM), folders, Hub ids."
         ),
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Every causal and masked language model that Transformers has.")
+    every: Annotated[bool, typer.Option("--all", help="Every model type that Transformers has.")] = False,
+    kind: Annotated[
+        Kind | None, typer.Option("--kind", help="With --all: only types of this kind, by its class.")
+    ] = None,
+    layouts: Annotated[bool, typer.Option("--layouts", help="Print the layout of every tensor.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page that docs/architectures.md is.")
     ] = False,
-    layouts: Annotated[bool, typer.Option("--layouts", help="Print the layout of every parameter.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time, with --all.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Prove the layouts of model classes; exits with 3 if any is refused.
+    """Prove the layouts of model classes; exits with 3 if any named one is refused.
 
-    One line each: the verdict, the time, the largest error, the class and its axes.
+    One line each: the verdict, the time, the largest error, the class and the axes that may change; axes that may
+    not, with the reason.
 
     Each class is built in miniature, its axes are permuted and duplicated wherever they are said to occur, and its
     output must not move. No weights are read, and nothing is downloaded but the config of a Hub id.
+
+    Example: hf-ws certify llama --layouts; hf-ws certify --all --kind masked-lm
     """
+    from transformers import logging
+
+    from hf_ws.layouts import catalogue
+
     if bool(names) == every:
         raise PlanError("name at least one model type, class, folder or Hub id, or say --all")
-    verdicts = []
-    for name in names or _all_types():
-        verdict = _verdict(name)
-        verdicts.append(verdict)
-        if not as_json:
-            print(verdict, flush=True)
-            if layouts:
-                print(
-                    "".join(f"    {key}: {layout}\n" for key, layout in (verdict.layouts or {}).items()),
-                    end="",
-                )
+    # For the processes that this one starts: miniatures are too small for threads, and classes are talkative.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    logging.set_verbosity_error()
+    found = []
+    for verdict in (
+        catalogue.verdicts(list(catalogue.types(kind and kind.value)), kind and kind.value, jobs)
+        if every
+        else map(_verdict, names or ())
+    ):
+        found.append(verdict)
+        if not as_json and not markdown:
+            print("\n".join(_lines(verdict, layouts)), flush=True)
     if as_json:
-        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
-    if not all(verdict.proven for verdict in verdicts):
+        print(json.dumps([asdict(verdict) for verdict in found], indent=2))
+    elif markdown:
+        from hf_ws.cli.architectures import page
+
+        print(page(found), end="")
+    elif every:
+        print(_summary(found))
+    if not every and any(verdict.verdict == "refused" for verdict in found):
         raise typer.Exit(CheckpointError.exit_code)
 
 
-def _verdict(name: str) -> Verdict:
-    from hf_ws.layouts import certify as certify_class
+def _lines(verdict: Verdict, layouts: bool) -> Iterator[str]:
+    yield str(verdict)
+    if layouts:
+        yield from (f"    {name}: {layout}" for name, layout in (verdict.layouts or {}).items())
 
-    found, start = None, time.perf_counter()
+
+def _summary(found: list[Verdict]) -> str:
+    counts = {
+        word: sum(v.verdict == word for v in found) for word in ("certified", "certified in part", "refused")
+    }
+    return f"{len(found)} types: " + ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def _verdict(name: str) -> Verdict:
+    from hf_ws.layouts import catalogue
+
     try:
-        found, config = _class_and_config(name)
-        certificate = certify_class(found, config)
-    except Exception as error:  # whatever a class makes of a miniature
-        reason = str(error) if isinstance(error, HfWsError) else f"{type(error).__name__}: {error}"
-        model_class = found.__name__ if found else None
-        return Verdict(name, model_class, False, seconds=time.perf_counter() - start, reason=reason)
-    return Verdict(
-        name,
-        found.__name__,
-        True,
-        axes=certificate.axes,
-        largest_error=max(certificate.errors.values()),
-        seconds=time.perf_counter() - start,
-        layouts=dict(certificate.layouts),
-    )
+        return catalogue.verdict_of(name, *_class_and_config(name))
+    except HfWsError as error:
+        return catalogue.Verdict(name, None, "refused", reason=" ".join(str(error).split()))
 
 
 def _class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that a name means, with the config it is proven for."""
     import transformers
-    from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     from hf_ws import store
+    from hf_ws.layouts import catalogue
 
-    if name in CONFIG_MAPPING and not Path(name).is_dir():
-        config = CONFIG_MAPPING[name]()
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-            return MODEL_FOR_MASKED_LM_MAPPING[type(config)], config
-        return store.model_class(config), config
+    if name in (known := catalogue.types()) and not Path(name).is_dir():
+        return catalogue.default_of(name, known[name])
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         config_class = getattr(found, "config_class", None)
@@ -120,10 +130,3 @@ def _class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfi
         return found, config_class()
     config = store.load_config(name)
     return store.model_class(config), config
-
-
-def _all_types() -> list[str]:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
-    return [name for name, config in CONFIG_MAPPING.items() if any(config in mapping for mapping in mappings)]

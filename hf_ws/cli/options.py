@@ -43,7 +43,8 @@ class Flags:
     set: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FIELD=VALUE", help="A field of the config in its own spelling; may be repeated."
+            metavar="FIELD=VALUE",
+            help="A field of the config in its own spelling (vision_config.hidden_size=384); may be repeated.",
         ),
     ] = None
     method: Annotated[
@@ -170,7 +171,7 @@ def pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pair in given or ():
         key, equals, text = pair.partition("=")
-        if not equals or not key.isidentifier():
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):  # a dot leads into a sub-config
             raise PlanError(f"{option} {pair!r}: wanted is name=value, such as {option} rescale=false")
         if key in found:
             raise PlanError(f"{option} {key} is given twice; keep one")

@@ -46,7 +46,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "method_args": dict(plan.method_args),
         "seed": plan.seed,
-        "layers": list(plan.layers),
+        "layers": {stack: list(kept) for stack, kept in plan.layers.items()},
         "settled": plan.is_settled,
         "sizes": {"source": dict(plan.source_sizes), "target": dict(plan.target_sizes)},
         "parameters": {"source": before, "target": after},

@@ -11,19 +11,29 @@ from copy import deepcopy
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ws.axes import length, parse
+from hf_ws.axes import length, parse, split_key
 from hf_ws.errors import PlanError, SizeError, UnsupportedArchitectureError
 from hf_ws.layouts.certify import Certificate
-from hf_ws.layouts.infer import build_on_meta, generic
+from hf_ws.layouts.infer import generic, tensors_of
+from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.sizes import sizes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def census(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
-    """The shape of every parameter of `model_class(config)`; what is tied is there once."""
-    model = build_on_meta(model_class, deepcopy(config))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """The shape of every tensor of `model_class(config)`; what is tied is there once.
+
+    Raises:
+        SizeError: the class refuses a config of these sizes.
+    """
+    try:
+        model = build_on_meta(model_class, deepcopy(config))
+    except Exception as error:  # a class may raise anything; whatever it is, it cannot be built
+        raise SizeError(
+            f"{model_class.__name__} cannot be built with these sizes: {' '.join(str(error).split())}"
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
 
 
 def check_census(shapes: Shapes, config: PreTrainedConfig, certificate: Certificate) -> None:
@@ -50,7 +60,9 @@ def check_census(shapes: Shapes, config: PreTrainedConfig, certificate: Certific
             )
 
 
-def check_same_parts(source: Shapes, target: Shapes, kept: Sequence[int], certificate: Certificate) -> None:
+def check_same_parts(
+    source: Shapes, target: Shapes, kept: Mapping[str, Sequence[int]], certificate: Certificate
+) -> None:
     """Refuse a target that has no place for something in the kept layers of its source, or the reverse.
 
     Raises:
@@ -59,8 +71,16 @@ def check_same_parts(source: Shapes, target: Shapes, kept: Sequence[int], certif
     wanted: set[str] = set()
     for name in target:
         pattern, layer = generic(name, certificate.stacks)
-        wanted.add(name if layer is None else pattern.replace("*", str(kept[layer]), 1))
-    had = {name for name in source if generic(name, certificate.stacks)[1] in (None, *kept)}
+        if layer is not None:
+            stack, number = split_key(layer)
+            name = pattern.replace("*", str(kept[stack][number] if stack in kept else number), 1)
+        wanted.add(name)
+    had = set()
+    for name in source:
+        layer = generic(name, certificate.stacks)[1]
+        stack, number = ("", 0) if layer is None else split_key(layer)
+        if stack not in kept or number in kept[stack]:
+            had.add(name)
     new = sorted(name for name in wanted - had if name not in certificate.tied)
     for names, wrong in ((new, "has parameters that its source lacks"), (sorted(had - wanted), "would lose")):
         if names:

@@ -1,56 +1,23 @@
-"""Proof of a layout: permute an axis wherever the layout says it occurs, and the function must not change.
-
-Two symmetries settle it, on the miniature, with every parameter perturbed, in float64 and eager attention:
-
-*Permutation.* Reorder one axis (hidden; ffn; experts; whole kv groups and the query heads inside each) in every
-tensor. The output must not move; for the vocabulary it must move along. A factor in the wrong order, a parameter
-left out, a q taken for a k, each breaks this.
-
-*Duplication.* Copy every channel, neuron and head once, and share what reads them. The output must not move. This
-proves which side of each tensor reads, on which gains and growth depend.
-
-The order inside a head is not claimed (rotary pairs are no symmetry), nor is that of positions.
-"""
+"""The certificate of a model class: the proven layouts of its tensors, and which of its axes may change."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ws.axes import (
-    EMBEDDING,
-    EXPERTS,
-    FFN,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    LABELS,
-    MOE_FFN,
-    VOCAB,
-    coordinates,
-    parse,
-)
-from hf_ws.errors import UnsupportedArchitectureError
-from hf_ws.layouts import irregular
-from hf_ws.layouts.infer import Inferred, build_on_meta, generic, infer
-from hf_ws.layouts.select import select
-from hf_ws.sizes import resize, sizes_of
-
-TOLERANCE = 2e-5
-"""Of the largest output. Norms compute in float32 whatever the model's dtype; float64 elsewhere is far below this."""
-
-SPECIAL = 3
-"""Ids below this are padding, start and end in a miniature."""
+from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, Product, Sum, kind_of, length, parse, sibling, spell
+from hf_ws.errors import SizeError, UnsupportedArchitectureError
+from hf_ws.layouts import irregular, prove, run
+from hf_ws.layouts.explain import streams
+from hf_ws.layouts.infer import Inferred, generic, infer, tensors_of
+from hf_ws.layouts.miniature import build_on_meta, inputs
+from hf_ws.sizes import near, owner, resize, sizes_of
 
 
 @dataclass(frozen=True)
@@ -59,12 +26,23 @@ class Certificate:
 
     model_class: str
     layouts: Mapping[str, str]
-    """Layout by parameter name, the layer's number written `*`."""
-    stacks: tuple[str, ...]
+    """Layout by tensor name, the layer's number written `*`."""
+    stacks: Mapping[str, str]
+    """The layer axis of each module list that holds layers."""
     axes: tuple[str, ...]
-    """The axes that occur in the layouts."""
+    """The axes that may change: those proven, and those that count layers."""
     errors: Mapping[str, float]
     """What each proof moved the output by, as a share of its largest value."""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """The axes that occur and may not change, with the reason."""
+    layerwise: tuple[str, ...] = ()
+    """The axes of which every layer may keep indices of its own."""
+    reads: bool = True
+    """Whether it is proven which side of each tensor reads, as gains and growth want to know."""
+    unread: tuple[str, ...] = ()
+    """Tensors that had no influence on the miniature's output: their layouts rest on their shapes."""
+    tables: tuple[str, ...] = ()
+    """Position tables that the class computes; hidden is proven with these at zero, for a target computes its own."""
     tied: tuple[str, ...] = ()
     """Parameters that are another name of one earlier in `layouts` where the config ties embeddings."""
     head: str | None = None
@@ -73,8 +51,15 @@ class Certificate:
     """Gain and bias of the norm whose output the head reads; empty if there is none, or its gain is not a factor."""
 
     def pattern(self, name: str) -> str:
-        """A parameter's name as `layouts` spells it."""
+        """A tensor's name as `layouts` spells it."""
         return generic(name, self.stacks)[0]
+
+    @property
+    def occurring(self) -> tuple[str, ...]:
+        """Every axis in the layouts, whether it may change or not."""
+        return tuple(
+            dict.fromkeys(axis for text in self.layouts.values() for dim in parse(text) for axis in dim.axes)
+        )
 
 
 _CERTIFICATES: dict[tuple[type[PreTrainedModel], str], Certificate] = {}
@@ -84,12 +69,13 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     """Infer the layouts of `model_class(config)` and prove them; seconds at most, and remembered.
 
     Raises:
-        UnsupportedArchitectureError: a dimension without an explanation, or an axis whose proof failed.
+        UnsupportedArchitectureError: a dimension without an explanation, or no axis that could be proven.
     """
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _CERTIFICATES:
         try:
-            _CERTIFICATES[key] = prove(model_class, infer(model_class, config))
+            certificate = certificate_of(model_class, infer(model_class, config))
+            _CERTIFICATES[key] = _anchored(certificate, model_class, config)
         except UnsupportedArchitectureError:
             raise
         except (
@@ -102,51 +88,120 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     return _CERTIFICATES[key]
 
 
-def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Certificate:
-    """The certificate for inferred layouts. Raises UnsupportedArchitectureError naming each axis that failed."""
-    sizes = sizes_of(inferred.miniature)
-    axes = {axis for text in inferred.layouts.values() for dim in parse(text) for axis in dim.axes}
-    with _plain_arithmetic(inferred.miniature):
-        model = _perturbed(_build(model_class, inferred.miniature))
-        state = {name: p.detach().clone() for name, p in model.named_parameters()}
-        tokens = _tokens(sizes[VOCAB])
-        output = _run(model, tokens)
-        errors = {}
-        for axis, maps in _permutations(sizes, axes):
-            errors[axis] = _moved_by(partial(_permuted, model, state, inferred, tokens, output, maps))
-        errors["reads"] = _moved_by(partial(_duplicated, model_class, inferred, axes, state, tokens, output))
-    failed = [
-        f"{axis} (moved the output by {error:.1e})"
-        for axis, error in errors.items()
-        if not error <= TOLERANCE
-    ]
-    if failed:
-        raise UnsupportedArchitectureError(
-            f"{model_class.__name__}: its layouts were inferred but not proven: {', '.join(failed)}. Nothing is "
-            "transferred on a guess; a fused or interleaved tensor needs a row in hf_ws/layouts/irregular.py"
+def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Certificate:
+    """Prove inferred layouts. Raises UnsupportedArchitectureError if no axis at all can be proven."""
+    with run.plain_arithmetic(inferred.miniature):
+        proof = prove.prove(model_class, inferred)
+    layouts = proof.layouts
+    occurring = {axis for text in layouts.values() for dim in parse(text) for axis in dim.axes}
+    if not proof.proven & occurring:
+        failed = ", ".join(
+            f"{axis} (moved the output by {error:.1e})" for axis, error in proof.errors.items()
         )
+        raise UnsupportedArchitectureError(
+            f"{model_class.__name__}: its layouts were inferred but not proven: {failed}. Nothing is transferred on a "
+            "guess; a fused or interleaved tensor needs a row in hf_ws/layouts/irregular.py"
+        )
+    order = list(sizes_of(inferred.miniature))
+    heads = {
+        sibling(axis, kind)
+        for axis in occurring
+        for kind in (HEADS, KV_HEADS)
+        if kind_of(axis) in (HEADS, KV_HEADS)
+    }
+    shown = occurring | heads | streams(inferred.miniature).keys()
+    proven = [axis for axis in order if axis in proof.proven & shown and axis not in inferred.fixed]
+    fixed = dict(inferred.fixed)
+    for axis, error in proof.errors.items():
+        if axis in occurring and axis not in proven:
+            theirs = {
+                a
+                for a in order
+                if kind_of(a) == HEADS and near(a, HEAD_DIM, sizes_of(inferred.miniature)) == axis
+            }
+            if kind_of(axis) == HEAD_DIM and theirs <= {*proven} and _turns_whole(inferred.miniature, axis):
+                proven.append(
+                    axis
+                )  # no symmetry, but which pairs a smaller head keeps is known by their frequency
+                continue
+            fixed.setdefault(axis, f"permuting it moved the output by {error:.1e}")
     return Certificate(
         model_class=model_class.__name__,
-        layouts=inferred.layouts,
+        layouts=layouts,
         stacks=inferred.stacks,
-        axes=tuple(sorted(axes)),
-        errors=errors,
+        axes=tuple(
+            dict.fromkeys([*proven, *(axis for axis in inferred.stacks.values() if axis not in fixed)])
+        ),
+        errors=proof.errors,
+        fixed=fixed,
+        layerwise=tuple(axis for axis in order if axis in proof.layerwise),
+        reads=proof.reads,
+        unread=proof.unread,
+        tables=proof.tables,
         tied=_tied(model_class, inferred.miniature),
-        **_head(model_class, inferred, tokens),
+        **_head(model_class, inferred),
     )
 
 
+def _turns_whole(config: PreTrainedConfig, axis: str) -> bool:
+    """Whether rotary positions turn all of each head, in pairs that can be told."""
+    size = sizes_of(config)[axis]
+    try:
+        return len(irregular.rotary_index(owner(config, axis), size, size - 2)) == size - 2
+    except SizeError:
+        return False
+
+
+def _anchored(
+    certificate: Certificate, model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> Certificate:
+    """The certificate with the numbers in its layouts as they are in the full model: patches, kernels, classes."""
+    sizes = sizes_of(config)
+    layouts = dict(certificate.layouts)
+    seen: set[str] = set()
+    for name, tensor in tensors_of(build_on_meta(model_class, config)).items():
+        pattern = certificate.pattern(name)
+        if pattern in seen or pattern not in layouts:
+            continue
+        seen.add(pattern)
+        layouts[pattern] = _numbered(layouts[pattern], tensor, sizes)
+    return Certificate(**{**vars(certificate), "layouts": layouts})
+
+
+def _numbered(text: str, tensor: Tensor, sizes: Mapping[str, int]) -> str:
+    layout = list(parse(text))
+    for at, (dim, size) in enumerate(zip(layout, tensor.shape, strict=False)):
+        if not dim.axes:
+            layout[at] = type(dim)(int(size), dim.reads)
+        elif isinstance(dim.expression, Product):
+            numbers = [f for f in dim.expression.factors if isinstance(f, int)]
+            whole = length(dim, sizes)
+            if len(numbers) == 1 and whole != size and not size * numbers[0] % whole:
+                own = size * numbers[0] // whole
+                factors = tuple(own if isinstance(f, int) else f for f in dim.expression.factors)
+                layout[at] = type(dim)(Product(factors), dim.reads)
+        elif isinstance(dim.expression, Sum):  # rows that are no one's: as many more as there are
+            more = [part for part in dim.expression.parts if isinstance(part, int)]
+            if len(more) == 1 and (own := int(size) - length(dim, sizes) + more[0]) > 0:
+                parts = tuple(own if isinstance(part, int) else part for part in dim.expression.parts)
+                layout[at] = type(dim)(Sum(parts), dim.reads)
+    return spell(tuple(layout))
+
+
 def _tied(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[str, ...]:
-    model = build_on_meta(model_class, resize(config, {}, tie_word_embeddings=True))
+    try:
+        model = build_on_meta(model_class, resize(config, {}, tie_word_embeddings=True))
+    except Exception:  # a class that does not tie may object in any way
+        return ()
     return tuple(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
-def _head(model_class: type[PreTrainedModel], inferred: Inferred, tokens: Tensor) -> dict[str, Any]:
+def _head(model_class: type[PreTrainedModel], inferred: Inferred) -> dict[str, Any]:
     """The matrix that gives the logits, and the norm right before it: found by following the tensor."""
-    with _plain_arithmetic(inferred.miniature):
-        model = _build(model_class, inferred.miniature)
+    with run.plain_arithmetic(inferred.miniature):
+        model = run.build(model_class, inferred.miniature)
         head = model.get_output_embeddings()
-        if head is None:
+        if not isinstance(head, torch.nn.Module):
             return {}
         read: list[Tensor] = []
         written: list[tuple[str, Tensor]] = []
@@ -158,175 +213,20 @@ def _head(model_class: type[PreTrainedModel], inferred: Inferred, tokens: Tensor
                         lambda _, __, output, name=name: written.append((name, output))
                     )
                 )
-        _run(model, tokens)
+        run.run(model, inputs(model))
         for hook in hooks:
             hook.remove()
-        names = [name for name, output in written if output.data_ptr() == read[0].data_ptr()]
+        matrices = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+        if not read or not matrices or matrices[0] not in dict(model.named_parameters()):
+            return {}
+        names = [
+            name
+            for name, output in written
+            if isinstance(output, Tensor) and output.data_ptr() == read[0].data_ptr()
+        ]
         # A class that starts its gains at zero multiplies by one plus the gain (Gemma): no factor can move there.
-        plain = names and all(
-            bool((p == 1).all())
-            for n, p in model.get_submodule(names[-1]).named_parameters()
-            if n == "weight"
-        )
-        norm = (
-            [f"{names[-1]}.{n}" for n, _ in model.get_submodule(names[-1]).named_parameters()]
-            if plain
-            else []
-        )
-        (matrix,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
-        return {"head": matrix, "head_norm": tuple(norm)}
-
-
-def _permutations(sizes: Mapping[str, int], axes: set[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """For each axis, a permutation of it: kv groups move whole, with their query heads reordered inside."""
-    rng = np.random.default_rng(0)
-    for axis in (HIDDEN, FFN, MOE_FFN, EXPERTS, EMBEDDING, VOCAB, LABELS):
-        if axis in axes:
-            fixed = SPECIAL if axis == VOCAB else 0  # RoBERTa counts positions by where the padding id stands
-            yield axis, {axis: np.r_[:fixed, fixed + rng.permutation(sizes[axis] - fixed)]}
-    kv_heads = sizes[KV_HEADS]
-    groups = rng.permutation(kv_heads)
-    inside = np.stack([rng.permutation(sizes[HEADS] // kv_heads) for _ in groups])
-    yield HEADS, {KV_HEADS: groups, HEADS: (groups[:, None] * inside.shape[1] + inside).ravel()}
-
-
-def _moved_by(proof: Callable[[], float]) -> float:
-    """What a proof finds; infinity where the layout does not even give tensors of the right shape."""
-    try:
-        return proof()
-    except (RuntimeError, ValueError, IndexError):
-        return float("inf")
-
-
-def _permuted(
-    model: PreTrainedModel,
-    state: Mapping[str, Tensor],
-    inferred: Inferred,
-    tokens: Tensor,
-    output: Tensor,
-    maps: Mapping[str, np.ndarray],
-) -> float:
-    """How far the output moves when these axes are permuted."""
-    sizes = sizes_of(inferred.miniature)
-    model.load_state_dict(_transferred(state, inferred, sizes, sizes, maps), strict=False)
-    return _distance(_run(model, tokens, maps), _follow(output, maps))
-
-
-def _duplicated(
-    model_class: type[PreTrainedModel],
-    inferred: Inferred,
-    axes: set[str],
-    state: Mapping[str, Tensor],
-    tokens: Tensor,
-    output: Tensor,
-) -> float:
-    """How far the output moves when every channel, neuron and head is there twice, its reading shared one to two.
-
-    Uneven shares tell the sides apart: weighting the copies on the side that writes would change each of them.
-    """
-    config = inferred.miniature
-    sizes = sizes_of(config)
-    twice = [axis for axis in (HIDDEN, FFN, MOE_FFN, EMBEDDING, HEADS, KV_HEADS) if axis in sizes]
-    target_config = resize(config, {axis: 2 * sizes[axis] for axis in twice})
-    target = sizes_of(target_config)
-    maps = {axis: np.arange(target[axis]) % sizes[axis] for axis in twice if axis in axes or axis == HIDDEN}
-    model = _build(model_class, target_config)
-    _same_constants(_build(model_class, config), model)
-    doubled = _transferred(state, inferred, sizes, target, maps)
-    for name, tensor in doubled.items():
-        for at, dim in enumerate(parse(inferred.layouts[generic(name, inferred.stacks)[0]])):
-            if axis := next((axis for axis in dim.axes if dim.reads and axis in maps), None):
-                second = torch.from_numpy(coordinates(dim, target)[axis]) >= sizes[axis]
-                share = torch.where(second, 4 / 3, 2 / 3)  # `select` halved both
-                tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
-        doubled[name] = tensor
-    model.load_state_dict(doubled, strict=False)
-    return _distance(_run(model, tokens), output)
-
-
-def _same_constants(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """An embedding's scale may be computed from the width (Gemma); widening must not change it here."""
-    for name, module in source.named_modules():
-        if hasattr(module, "embed_scale"):
-            target.get_submodule(name).embed_scale = module.embed_scale
-
-
-def _transferred(
-    state: Mapping[str, Tensor],
-    inferred: Inferred,
-    source: Mapping[str, int],
-    target: Mapping[str, int],
-    maps: Mapping[str, np.ndarray],
-) -> dict[str, Tensor]:
-    return {
-        name: select(tensor, parse(inferred.layouts[generic(name, inferred.stacks)[0]]), source, target, maps)
-        for name, tensor in state.items()
-    }
-
-
-@contextlib.contextmanager
-def _plain_arithmetic(config: PreTrainedConfig) -> Iterator[None]:
-    """Float64 throughout, and head slopes of zero where a family gives each head its own.
-
-    One thread: a miniature's matrices are too small to share, and on a busy machine sharing costs seconds.
-    """
-    before, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    try:
-        with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]), torch.no_grad():
-            if builder := irregular.HEAD_BIASES.get(config.model_type):
-                stack.enter_context(mock.patch(builder, _without_slopes(builder)))
-            yield
-    finally:
-        torch.set_default_dtype(before)
-        torch.set_num_threads(threads)
-
-
-def _without_slopes(builder: str) -> Any:
-    module, _, name = builder.rpartition(".")
-    original = getattr(__import__(module, fromlist=[name]), name)
-    return lambda *args, **kwargs: torch.zeros_like(original(*args, **kwargs))
-
-
-def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    config = type(config).from_dict(config.to_dict())
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    return model_class(config).to(torch.float64).eval()
-
-
-def _perturbed(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights of a size at which every parameter matters: gains and biases too, which start at one and zero."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        scale = 0.3 if parameter.ndim < 2 else 1.0 / parameter.shape[-1] ** 0.5
-        parameter.add_(torch.randn_like(parameter), alpha=scale)
-    return model
-
-
-def _tokens(vocab: int) -> Tensor:
-    return torch.randint(SPECIAL, vocab, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def _run(model: PreTrainedModel, tokens: Tensor, maps: Mapping[str, np.ndarray] | None = None) -> Tensor:
-    """The first output, logits where the class has them; the tokens renumbered as the vocabulary was."""
-    if maps and VOCAB in maps:
-        tokens = torch.from_numpy(np.argsort(maps[VOCAB]))[tokens]
-    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
-
-
-def _follow(output: Tensor, maps: Mapping[str, np.ndarray]) -> Tensor:
-    """The output as it must come after a permutation: classes move with it, states without a head with `hidden`."""
-    for axis_map in maps.values():
-        if output.shape[-1] == len(axis_map):
-            return output[..., torch.from_numpy(axis_map)]
-    return output
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    if (
-        one.shape[-1] == 2 * other.shape[-1]
-    ):  # a class without a head returns the doubled residual stream itself
-        other = torch.cat([other, other], -1)
-    return float((one - other).abs().max() / other.abs().max())
+        own = dict(model.get_submodule(names[-1]).named_parameters()) if names else {}
+        # Nor where it is the last layer's own: a gain holds for a tensor of every layer (BART).
+        outside = bool(names) and generic(f"{names[-1]}.weight", inferred.stacks)[1] is None
+        plain = outside and "weight" in own and bool((own["weight"] == 1).all())
+        return {"head": matrices[0], "head_norm": tuple(f"{names[-1]}.{n}" for n in own) if plain else ()}

@@ -1,21 +1,21 @@
-"""Which axes has each parameter? Read off a miniature of the model whose axes all have different lengths.
+"""Which axes has each tensor? Read off two miniatures of the model whose axes all have different lengths.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> inferred = infer(LlamaForCausalLM, LlamaConfig())
     >>> inferred.layouts["model.layers.*.self_attn.q_proj.weight"]
     '(heads head_dim) <hidden'
 
-The model class is built on the meta device from the caller's own config with its sizes replaced, so flags and
-per-layer kinds are those of the model at hand. A dimension's length then names its axes. Where a class has no
-`head_dim` of its own, hidden and heads x head_dim have one length; the module it sits in tells them apart. Nothing
-here is trusted: `certify` proves the result or refuses it.
+The model class is built twice on the meta device; a dimension is explained by a product of axes, and a number, that
+gives its length both times. Often there are several explanations: a product may be stored in any order, and where a
+class has no `head_dim` of its own, hidden and heads x head_dim are one length. They are put in order of likelihood,
+and `certify` proves one of them or none: nothing here is trusted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,56 +23,42 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_ws.axes import (
-    EMBEDDING,
-    EXPERTS,
     FFN,
-    HEAD_DIM,
     HEADS,
     HIDDEN,
-    KV_HEADS,
-    LABELS,
     LAYERS,
     MOE_FFN,
-    POSITIONS,
-    VOCAB,
-    length,
-    parse,
+    kind_of,
+    layer_key,
 )
 from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts import irregular
-from hf_ws.sizes import DERIVED, field_of, layer_kinds, resize, sizes_of
+from hf_ws.layouts.explain import ATTENTION, Explain, visible_sizes
+from hf_ws.layouts.miniature import apart, build_on_meta, miniatures
+from hf_ws.sizes import field_of, layer_axes, resize, sizes_of
 
-MINIATURE = {
-    HIDDEN: 135,
-    HEADS: 15,
-    KV_HEADS: 5,
-    HEAD_DIM: 16,
-    FFN: 88,
-    MOE_FFN: 34,
-    EXPERTS: 7,
-    VOCAB: 211,
-    POSITIONS: 71,
-    EMBEDDING: 48,
-    LABELS: 37,
-}
-"""Lengths no two of which can be mistaken for each other, nor for a product or sum in `EXPRESSIONS`."""
-
-EXPRESSIONS = (
-    *(HIDDEN, VOCAB, FFN, MOE_FFN, EXPERTS, EMBEDDING, LABELS, POSITIONS, HEAD_DIM, HEADS, KV_HEADS),
-    "(heads head_dim)",
-    "(kv_heads head_dim)",
-    "(2 ffn)",
-    "(2 moe_ffn)",
-    "(heads head_dim + kv_heads head_dim + kv_heads head_dim)",
-    "(3 heads head_dim)",
-    "(2 + positions)",
+_OUTPUT = re.compile(
+    r"o_proj|out_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|projection|output_proj|projection_layer"
 )
-"""What a dimension may be, other than a row of `irregular` or a small constant; the first that fits is taken."""
+_TABLE = re.compile(r"token|quer(y|ies)$|latents?$|probe|embed|position|bias|table")
 
-LARGEST_CONSTANT = 4  # a token-type table has 2 rows; anything longer is an axis that we do not know
 
-_OUTPUT = re.compile(r"o_proj|out_proj|c_proj|dense|out_lin|o|wo")  # the attention's last projection
-_ATTENTION = re.compile(r"(attn|attention)")
+@dataclass(frozen=True)
+class Choice:
+    """What one tensor's dimensions may be, each dimension's explanations most likely first."""
+
+    dims: tuple[tuple[str, ...], ...]
+    reads: tuple[int | None, ...]
+    """Which dimension is contracted with the activation, most likely first."""
+
+    def text(self, picks: tuple[int, ...] = (), reads: int = 0) -> str:
+        """The layout with the given explanation of each dimension."""
+        picks = picks or (0,) * len(self.dims)
+        at = self.reads[reads]
+        return " ".join(
+            ("<" if d == at else "") + dim[pick]
+            for d, (dim, pick) in enumerate(zip(self.dims, picks, strict=True))
+        )
 
 
 @dataclass(frozen=True)
@@ -80,151 +66,239 @@ class Inferred:
     """The layouts of a model class for one config, not yet proven."""
 
     layouts: dict[str, str]
-    """Layout by parameter name, the layer's number written `*`."""
-    stacks: tuple[str, ...]
-    """Names of the module lists that hold the layers."""
+    """Layout by tensor name, the layer's number written `*`."""
+    stacks: dict[str, str]
+    """The layer axis of each module list that holds layers, and of a first layer with layouts of its own."""
     miniature: PreTrainedConfig
+    choices: dict[str, Choice] = field(default_factory=dict)
+    """All the explanations there are, by the same names."""
+    fixed: dict[str, str] = field(default_factory=dict)
+    """Axes that the miniatures could not vary, and why."""
+
+
+VARIED = (HIDDEN, FFN, MOE_FFN, HEADS)
+"""Kinds of axes that must differ in the two miniatures: what does not is a number in the layouts, and stays."""
 
 
 def infer(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Inferred:
-    """The layout of every parameter of `model_class(config)`.
+    """The layout of every tensor of `model_class(config)`.
 
     Raises:
-        UnsupportedArchitectureError: a dimension that is explained by no axis, or a stack that was not found.
+        UnsupportedArchitectureError: a dimension that no axis explains.
     """
-    small = miniature(config)
-    model = build_on_meta(model_class, small)
-    deeper = build_on_meta(model_class, resize(small, {LAYERS: 4}, [*range(3), 2]))
-    stacks = _stacks(model, deeper)
-    if not stacks:
-        raise UnsupportedArchitectureError(
-            f"{model_class.__name__}: no module list grows with {field_of(config, LAYERS)}; its layers were not found"
-        )
-    if kept := sorted(
-        model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    ):
-        raise UnsupportedArchitectureError(
-            f"{model_class.__name__} keeps part of its state in buffers ({', '.join(kept[:3])}), and only parameters "
-            "are transferred"
-        )
-    lengths = _lengths(small)
-    layouts: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        text = _layout(name, parameter, model, small, lengths)
-        pattern = generic(name, stacks)[0]
-        if layouts.setdefault(pattern, text) != text:
+    small, other = miniatures(model_class, config)
+    model = apart(build_on_meta(model_class, small))
+    fixed: dict[str, str] = {}
+    stacks = dict(_stacks(model_class, small, model, fixed))
+    while True:
+        shapes = _shapes(model), _shapes(apart(build_on_meta(model_class, other)))
+        explain = Explain(small, other)
+        before = dict(stacks)
+        choices, unexplained = _choices(model, shapes, stacks, explain)
+        gone = {axis for axis in before.values() if axis not in stacks.values()}
+        fixed |= dict.fromkeys(gone, "its layers differ by their number")
+        if not unexplained:
+            break
+        varied = _varied_by(model_class, small, other, unexplained)
+        if not varied:
+            name, at = next(iter(unexplained.items()))
             raise UnsupportedArchitectureError(
-                f"{model_class.__name__}: {pattern} is {layouts[pattern]!r} in one layer and {text!r} in another"
+                f"{model_class.__name__}: no axis explains dimension {at} of {name}, which is {shapes[0][name]} in a "
+                f"miniature with {sizes_of(small)}"
             )
-    return Inferred(layouts, stacks, small)
+        fixed |= dict.fromkeys(varied, f"nothing explains how {next(iter(unexplained))} depends on it")
+        other = resize(other, {axis: sizes_of(small)[axis] for axis in varied})
+    for axis, size in visible_sizes(small).items():
+        if size == visible_sizes(other).get(axis) and kind_of(axis) in VARIED and field_of(small, axis):
+            fixed.setdefault(axis, "its class allows a miniature no other")
+    layouts = {name: choice.text() for name, choice in choices.items()}
+    return Inferred(layouts, stacks, small, choices, fixed)
 
 
-def miniature(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same kind with small sizes that are all different, and one layer of every kind there is."""
-    source = sizes_of(config)
-    sizes = {axis: size for axis, size in MINIATURE.items() if axis in source}
-    sizes |= irregular.MINIATURES.get(config.model_type, {})
-    if field_of(config, HEAD_DIM) is None:
-        sizes[HIDDEN] = sizes[HEADS] * sizes[HEAD_DIM]
-    if EMBEDDING in source and source[EMBEDDING] == source[HIDDEN]:
-        sizes[EMBEDDING] = sizes[HIDDEN]
-    kinds = layer_kinds(config)
-    kept = sorted({kinds.index(kind) for kind in kinds})
-    kept += [kept[-1]] * (3 - len(kept))
-    sizes[LAYERS] = len(kept)
-    return resize(config, sizes, kept, **irregular.small_fields(config))
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that a checkpoint of this model holds: parameters, and the buffers that are saved; what is tied, once."""
+    saved = set(model.state_dict())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return dict(model.named_parameters()) | buffers
 
 
-def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory: shapes and names only."""
-    with torch.device("meta"):
-        return model_class(config)
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
 
 
-def _stacks(model: nn.Module, deeper: nn.Module) -> tuple[str, ...]:
-    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    grown = {
-        name: len(module) for name, module in deeper.named_modules() if isinstance(module, nn.ModuleList)
-    }
-    return tuple(name for name, count in lists.items() if grown.get(name) == count + 1)
+def _stacks(
+    model_class: type[PreTrainedModel], small: PreTrainedConfig, model: nn.Module, fixed: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Every module list that grows when a layer is added, with the axis that counts its layers.
+
+    An axis that changes the model otherwise goes into `fixed`; one that does not change it is no axis of this class.
+    """
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    for axis in layer_axes(small):
+        depth = sizes_of(small)[axis]
+        try:
+            longer = resize(small, {axis: depth + 1}, {axis: [*range(depth), depth - 1]})
+            deeper = apart(build_on_meta(model_class, longer))
+        except Exception:  # whatever the class objects to: then its layers are not counted by this axis alone
+            fixed[axis] = "the class refuses one layer more"
+            continue
+        found = False
+        for name, module in deeper.named_modules():
+            if (
+                name in lists
+                and isinstance(module, nn.ModuleList | nn.Sequential)
+                and len(module) == lists[name] + 1
+            ):
+                found = True
+                yield name, axis
+        shapes, grown = _shapes(model), _shapes(deeper)
+        if not found and grown != shapes:
+            fixed[axis] = "no list of layers has that length"
+        elif changed := next(
+            (name for name in shapes if grown.get(name, shapes[name]) != shapes[name]), None
+        ):
+            fixed[axis] = f"the shape of {changed} depends on it"
 
 
-def generic(name: str, stacks: tuple[str, ...]) -> tuple[str, int | None]:
-    """A parameter's name with its layer's number written `*`, and that number (None outside the layers)."""
-    for stack in stacks:
-        if name.startswith(f"{stack}."):
+def generic(name: str, stacks: Mapping[str, str]) -> tuple[str, int | str | None]:
+    """A tensor's name with its layer's number written `*`, and which layer that is (None outside the layers).
+
+    The layers of the text part go by number, others by their axis as well: `3`, `decoder.layers.3`. A first layer that
+    is a stack of its own in `stacks` keeps its number in the name.
+    """
+    for stack, axis in stacks.items():
+        if name.startswith(f"{stack}.") and not (stack.endswith(".0") and stack[:-2] in stacks):
             number, _, rest = name[len(stack) + 1 :].partition(".")
-            if not number.isdigit():
-                break
-            return f"{stack}.*.{rest}", int(number)
+            if number.isdigit():
+                own = number == "0" and f"{stack}.0" in stacks
+                return name if own else f"{stack}.*.{rest}", layer_key(axis, int(number))
     return name, None
 
 
-def _layout(
-    name: str,
-    parameter: torch.Tensor,
+def led(stacks: Mapping[str, str]) -> set[str]:
+    """The layer axes of the stacks whose first layer has layouts of its own, and stays the first in any target."""
+    return {axis for stack, axis in stacks.items() if stack.endswith(".0") and stack[:-2] in stacks}
+
+
+def _choices(
     model: PreTrainedModel,
-    config: PreTrainedConfig,
-    lengths: Mapping[str, int],
-) -> str:
-    module_name = name.rpartition(".")[0]
-    module = model.get_submodule(module_name)
-    reads = _reading_dim(module, parameter)
-    row = irregular.row_for(config, module_name)
-    in_attention = bool(_ATTENTION.search(module_name))
-    dims = []
-    for at, size in enumerate(parameter.shape):
-        if row is not None and at != reads:
-            dims.append(row.writes)
-            continue
-        inner = in_attention and _is_inner(module, module_name, at == reads)
-        text = _expression(size, lengths, inner)
-        if text is None:
-            raise UnsupportedArchitectureError(
-                f"{type(model).__name__}: no axis explains dimension {at} of {name}, of length {size} in a miniature "
-                f"with {sizes_of(config)}"
+    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]],
+    stacks: dict[str, str],
+    explain: Explain,
+) -> tuple[dict[str, Choice], dict[str, int]]:
+    """The explanations of every tensor, and the dimensions that have none."""
+    choices: dict[str, Choice] = {}
+    unexplained: dict[str, int] = {}
+    for name, tensor in tensors_of(model).items():
+        module = model.get_submodule(
+            name.rpartition(".")[0].partition(".parametrizations")[0]
+        )  # not what norms it
+        whole = type(model.get_submodule(".".join(name.split(".")[:-2]))).__name__
+        pattern = generic(name, stacks)[0]
+        choice = _choice(name, module, whole, tensor, shapes[1].get(name), explain, model.config)
+        if isinstance(choice, int):
+            unexplained[name] = choice
+        elif choices.setdefault(pattern, choice) != choice:
+            stack = next(
+                stack
+                for stack in stacks
+                if name.startswith(f"{stack}.") and pattern.startswith(f"{stack}.*.")
             )
-        dims.append(f"<{text}" if at == reads else text)
-    return " ".join(dims)
+            if f"{stack}.0" not in stacks:  # the first of a stage halves the picture and doubles the channels
+                stacks[f"{stack}.0"] = stacks[stack]
+            else:  # its layers differ by number: they stay as many as they are
+                del stacks[stack], stacks[f"{stack}.0"]
+            return _choices(model, shapes, stacks, explain)
+    return choices, unexplained
 
 
-def _reading_dim(module: nn.Module, parameter: torch.Tensor) -> int | None:
-    """The position that is contracted with the activation; None for what only writes (tables, norms, biases)."""
-    if parameter.ndim < 2 or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower():
-        return None
-    return 0 if isinstance(module, Conv1D) else parameter.ndim - 1
+def _choice(
+    name: str,
+    module: nn.Module,
+    whole: str,
+    tensor: torch.Tensor,
+    other: tuple[int, ...] | None,
+    explain: Explain,
+    config: PreTrainedConfig,
+) -> Choice | int:
+    """The explanations of one tensor, or the number of the dimension that has none."""
+    reads = (None,) if name.endswith("bias") else _reading(module, name.rpartition(".")[2], tensor)
+    row = irregular.row_for(config, name.rpartition(".")[0])
+    dims: list[tuple[str, ...]] = []
+    for at, size in enumerate(tensor.shape):
+        if row is not None and at != reads[0]:
+            dims.append((row.writes,))
+            continue
+        inner = _is_inner(module, whole, name, at == reads[0])
+        found = explain(size, other[at] if other and len(other) == tensor.ndim else None, inner, name)
+        if not found:
+            return at
+        dims.append(found)
+    return Choice(tuple(dims), reads)
 
 
-def _is_inner(module: nn.Module, name: str, reads: bool) -> bool:
-    """Whether this dimension of an attention's parameter lies on the heads' side, not the residual stream's."""
-    leaf = name.split(".")[-1].lower()
-    if isinstance(module, nn.Linear | Conv1D):
-        return reads == bool(_OUTPUT.fullmatch(leaf))
+def _varied_by(
+    model_class: type[PreTrainedModel],
+    small: PreTrainedConfig,
+    other: PreTrainedConfig,
+    unexplained: Mapping[str, int],
+) -> list[str]:
+    """The axes on which the lengths of these tensors' dimensions depend."""
+    before, after = sizes_of(small), sizes_of(other)
+    own = _shapes(apart(build_on_meta(model_class, small)))
+    found, maybe = [], []
+    for axis, size in before.items():
+        if after.get(axis) == size or kind_of(axis) == LAYERS or field_of(small, axis) is None:
+            continue
+        try:
+            varied = _shapes(apart(build_on_meta(model_class, resize(small, {axis: after[axis]}))))
+        except Exception:  # an axis that cannot vary alone may be the one, if no other is
+            maybe.append(axis)
+            continue
+        if any(_length_at(varied, name, at) != own[name][at] for name, at in unexplained.items()):
+            found.append(axis)
+    return found or maybe
+
+
+def _length_at(shapes: Mapping[str, tuple[int, ...]], name: str, at: int) -> int | None:
+    shape = shapes.get(name, ())
+    return shape[at] if at < len(shape) else None
+
+
+def _reading(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int | None, ...]:
+    """The dimension that may be contracted with the activation; None for what only writes (tables, norms, biases)."""
+    if tensor.ndim < 2 or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower():
+        return (None,)
+    if isinstance(module, nn.Linear):
+        return (1,)
+    if isinstance(module, Conv1D | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return (0,)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return (1,) if tensor.shape[1] > 1 or module.groups == 1 else (None,)
+    last, before = tensor.ndim - 1, tensor.ndim - 2
+    if (tensor.ndim >= 3 and tensor.shape[0] == 1) or _TABLE.search(
+        name
+    ):  # a token, or a table of them, that is added
+        return (None, last, before)
+    return (last, None, before)
+
+
+def _is_inner(module: nn.Module, whole: str, name: str, reads: bool) -> bool:
+    """Whether this dimension of an attention's tensor lies on the heads' side, not the residual stream's.
+
+    An attention is called so, or the class of what the module is a direct part of, the `whole`, is.
+    """
+    path = name.split(".")
+    if not ATTENTION.search(".".join([*path[:-1], whole]).lower()):
+        return False
+    leaf = next(part for part in reversed(path[:-1]) if not part.isdigit())
+    if leaf in (
+        "sr",
+        "sequence_reduction",
+        "spatial_reduction",
+    ):  # a smaller picture, for the keys and values to read
+        return False
+    if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d):
+        return reads == bool(_OUTPUT.fullmatch(leaf.lower()))
     # A norm over all heads is named after what it norms; any other norm in an attention is on the stream.
-    return leaf.startswith(("q_", "k_", "query", "key"))
-
-
-def _expression(size: int, lengths: Mapping[str, int], inner: bool) -> str | None:
-    matches = [text for text, length in lengths.items() if length == size]
-    if HIDDEN in matches and "(heads head_dim)" in matches:
-        return "(heads head_dim)" if inner else HIDDEN
-    if matches:
-        return matches[0]
-    return str(size) if size <= LARGEST_CONSTANT else None
-
-
-def visible_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """The sizes that can show in a parameter: not those that merely repeat another (`kv_heads` in GPT-2)."""
-    sizes = sizes_of(config)
-    if field_of(config, KV_HEADS) is None and KV_HEADS not in DERIVED.get(config.model_type, {}):
-        del sizes[KV_HEADS]
-    if sizes.get(EMBEDDING) == sizes[HIDDEN]:
-        del sizes[EMBEDDING]
-    return sizes
-
-
-def _lengths(config: PreTrainedConfig) -> dict[str, int]:
-    """How long each of `EXPRESSIONS` is in this config, those left out that speak of axes it does not have."""
-    sizes = visible_sizes(config)
-    dims = {text: parse(text)[0] for text in EXPRESSIONS}
-    return {text: length(dim, sizes) for text, dim in dims.items() if set(dim.axes) <= set(sizes)}
+    return leaf.startswith(("q_", "k_", "v_", "query", "key", "inner"))

@@ -6,16 +6,18 @@ is wrong cannot pass the certificate.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from hf_ws.axes import HEADS
 from hf_ws.errors import SizeError
+from hf_ws.sizes import main_path, nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,12 @@ IRREGULAR = (
     ),
     Row(
         model_type="bloom",
+        module="query_key_value",
+        writes="(heads 3 head_dim)",
+        why="the output is viewed as heads first, then split into q, k, v inside each head",
+    ),
+    Row(
+        model_type="persimmon",
         module="query_key_value",
         writes="(heads 3 head_dim)",
         why="the output is viewed as heads first, then split into q, k, v inside each head",
@@ -73,9 +81,6 @@ IRREGULAR = (
     ),
 )
 
-MINIATURES: Mapping[str, Mapping[str, int]] = {"codegen": {HEADS: 12}}
-"""Sizes that a family's miniature cannot do without: CodeGen's heads come in fours."""
-
 HEAD_BIASES: Mapping[str, str] = {
     "bloom": "transformers.models.bloom.modeling_bloom.build_alibi_tensor",
     "falcon": "transformers.models.falcon.modeling_falcon.build_alibi_tensor",
@@ -104,27 +109,13 @@ def _slope_exponents(heads: int) -> list[float]:
 
 
 def row_for(config: PreTrainedConfig, module: str) -> Row | None:
-    """The row for this module of this model, if it is irregular."""
-    for row in IRREGULAR:
-        if row.model_type == config.model_type and module.split(".")[-1] == row.module and row.when(config):
-            return row
+    """The row for this module of this model, if it is irregular; its axes are those of the part that it is about."""
+    main = main_path(config)
+    for (path, node), row in product(nodes(config), IRREGULAR):
+        if row.model_type == node.model_type and module.split(".")[-1] == row.module and row.when(node):
+            scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+            return replace(row, writes=re.sub(r"(?=\b[a-z_.]+)", scope, row.writes))
     return None
-
-
-def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Fields that a miniature needs although they are no axis."""
-    limits = {
-        "num_experts_per_tok": 2,
-        "rotary_dim": 4,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    fields: dict[str, Any] = {"tie_word_embeddings": False}  # apart, the table writes and the head reads
-    for name, limit in limits.items():
-        if isinstance(getattr(config, name, None), int):
-            fields[name] = min(getattr(config, name), limit)
-    return fields
 
 
 def rotary_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, ...]:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig
 
 from hf_ws._version import __version__
-from hf_ws.axes import AXES, HEAD_DIM, HEADS, KV_HEADS, LABELS, POSITIONS, VOCAB, length, parse
+from hf_ws.axes import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LABELS,
+    LAYERS,
+    POSITIONS,
+    VOCAB,
+    WAVES,
+    kind_of,
+    layer_key,
+    length,
+    parse,
+    sibling,
+)
 from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate
 from hf_ws.layouts.irregular import alibi_index, rotary_index
+from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.plan import AxisMap, Gather, Plan
-from hf_ws.sizes import field_of, sizes_of
+from hf_ws.sizes import field_of, nodes, owner, sizes_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +47,8 @@ class Request:
     source_config: PreTrainedConfig
     target_config: PreTrainedConfig
     certificate: Certificate
-    layers: tuple[int, ...]
-    """The source layer of each target layer."""
+    layers: Mapping[str, tuple[int, ...]]
+    """The source layer of each target layer, by the axis that counts them."""
     parameters: tuple[int, int]
     """How many the source has and the target will have."""
     method: str
@@ -38,20 +57,38 @@ class Request:
     calibrated: bool = False
     """Whether evidence from data will be there when the plan is settled."""
 
-    @property
+    @cached_property
     def before(self) -> dict[str, int]:
         """Sizes of the source."""
         return sizes_of(self.source_config)
 
-    @property
+    @cached_property
     def after(self) -> dict[str, int]:
         """Sizes of the target."""
         return sizes_of(self.target_config)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
-        """The axes of the parameters, key/value heads included even where they are the query heads."""
-        return tuple(dict.fromkeys([*self.certificate.axes, KV_HEADS, HEADS]))
+        """The axes of the tensors, key/value heads included even where they are the query heads."""
+        found: list[str] = []
+        for axis in self.certificate.occurring:
+            pair = (KV_HEADS, HEADS) if kind_of(axis) in (HEADS, KV_HEADS) else ()
+            found += [axis, *(sibling(axis, kind) for kind in pair)]
+        return tuple(axis for axis in dict.fromkeys(found) if axis in self.before)
+
+    def places(self, axis: str) -> tuple[str, ...]:
+        """The keys under which a plan maps an axis: each target layer's own where layers may differ, else one."""
+        leader = (
+            sibling(axis, HEADS) if kind_of(axis) == KV_HEADS else axis
+        )  # kv heads that show nowhere are the heads
+        if leader not in self.certificate.layerwise:
+            return (axis,)
+        stacks = dict.fromkeys(
+            self.certificate.stacks[name.partition(".*")[0]]
+            for name, text in self.certificate.layouts.items()
+            if any({axis, leader} & set(dim.axes) for dim in parse(text))
+        )
+        return tuple(f"{axis}@{layer_key(s, i)}" for s in stacks for i in range(len(self.layers[s])))
 
     def fixed_maps(self) -> dict[str, AxisMap]:
         """The maps no method chooses: token ids and positions keep their numbers, rotary pairs their frequency.
@@ -64,12 +101,18 @@ class Request:
                 they have slopes and share key/value heads too.
         """
         maps: dict[str, AxisMap] = {}
-        for axis in (VOCAB, POSITIONS, LABELS):
-            if axis in self.axes and self.after[axis] <= self.before[axis]:
-                maps[axis] = Gather(tuple(range(self.after[axis])), self.before[axis])
-        if self.after[HEAD_DIM] <= self.before[HEAD_DIM]:
-            index = rotary_index(self.source_config, self.before[HEAD_DIM], self.after[HEAD_DIM])
-            maps[HEAD_DIM] = Gather(index, self.before[HEAD_DIM])
+        for axis in self.axes:
+            before, after = self.before[axis], self.after[axis]
+            if after > before:
+                continue
+            if kind_of(axis) in (VOCAB, POSITIONS, LABELS):
+                maps[axis] = Gather(tuple(range(after)), before)
+            elif kind_of(axis) == WAVES:  # sines of relative positions: the nearest frequency of the source's
+                maps[axis] = Gather(tuple(round(j * before / after) for j in range(after)), before)
+            elif kind_of(axis) == HEAD_DIM and self.certificate.errors.get(axis, 1.0) > TOLERANCE:
+                maps[axis] = Gather(rotary_index(owner(self.source_config, axis), before, after), before)
+        if HEADS not in self.before:
+            return maps
         heads, kv_heads = self.before[HEADS], self.before[KV_HEADS]
         sloped = alibi_index(self.source_config, heads, self.after[HEADS])
         if sloped is not None and self.after[HEADS] < heads:
@@ -82,9 +125,30 @@ class Request:
             maps[KV_HEADS] = maps[HEADS] if kv_heads == heads else Gather((0,), 1)
         return maps
 
+    def check_fixed(self) -> None:
+        """Refuse to change an axis that is not proven.
+
+        Raises:
+            SizeError: naming every such axis, and why.
+        """
+        certificate, wrong = self.certificate, []
+        for axis, before in self.before.items():
+            if self.after.get(axis) == before or axis in certificate.axes:
+                continue
+            if axis in certificate.fixed and kind_of(axis) != HEAD_DIM:
+                wrong.append(f"{axis} stays {before}, not {self.after.get(axis)}: {certificate.fixed[axis]}")
+            elif kind_of(axis) == LAYERS:
+                wrong.append(
+                    f"{axis} stays {before}, not {self.after.get(axis)}: no list of layers has that length"
+                )
+        if wrong:
+            raise SizeError(
+                f"{certificate.model_class} is proven for {', '.join(certificate.axes)}; {'; '.join(wrong)}"
+            )
+
     def fresh_head(self) -> tuple[str, ...]:
         """The classifier, where the user changed its labels: it says nothing about the new ones."""
-        if self.before[LABELS] == self.after[LABELS]:
+        if self.before.get(LABELS) == self.after.get(LABELS):
             return ()
         return tuple(
             n for n, text in self.certificate.layouts.items() if any(LABELS in d.axes for d in parse(text))
@@ -96,17 +160,19 @@ class Request:
         Raises:
             SizeError: naming every axis that grows.
         """
-        axes = {*self.certificate.axes, HEADS, KV_HEADS, HEAD_DIM} - {LABELS}
         before, after = self.before, self.after
         grown = [
-            f"{axis} from {before[axis]} to {after[axis]}"
-            for axis in AXES
-            if axis in axes and after[axis] > before[axis]
+            f"{axis} from {size} to {after[axis]}"
+            for axis, size in before.items()
+            if after.get(axis, 0) > size and kind_of(axis) not in (LABELS, LAYERS) and (axis in self._sized())
         ]
         if not grown:
             return
         hint = ""
-        if after[HEAD_DIM] > before[HEAD_DIM] and field_of(self.target_config, HEAD_DIM) is None:
+        if (
+            after.get(HEAD_DIM, 0) > before.get(HEAD_DIM, 0)
+            and field_of(self.target_config, HEAD_DIM) is None
+        ):
             width = after[HEADS] * before[HEAD_DIM]
             hint = f". Here head_dim is hidden / heads: heads={after[HEADS]} goes with hidden={width}"
         raise SizeError(
@@ -114,28 +180,38 @@ class Request:
             f"grows{hint}"
         )
 
+    def _sized(self) -> set[str]:
+        heads = {axis for axis in self.before if kind_of(axis) in (HEADS, KV_HEADS, HEAD_DIM)}
+        return {*self.certificate.occurring, *heads}
+
     def check_heads(self) -> None:
         """Refuse more query heads to a key/value head than the source has: selection would split a group.
 
         Raises:
             SizeError: with the numbers that would do.
         """
-        width_before = self.before[HEADS] // self.before[KV_HEADS]
-        width_after = self.after[HEADS] // self.after[KV_HEADS]
-        if width_after > width_before:
-            enough = next(
-                n
-                for n in range(-(-self.after[HEADS] // width_before), self.after[HEADS] + 1)
-                if self.after[HEADS] % n == 0
-            )
-            raise SizeError(
-                f"{self.after[HEADS]} query heads over {self.after[KV_HEADS]} kv heads are {width_after} to a group, "
-                f"the source has {width_before}: query heads move only with their kv head. Ask for at least "
-                f"kv_heads={enough}"
-            )
+        for axis in (axis for axis in self.axes if kind_of(axis) == HEADS):
+            groups, wanted = sibling(axis, KV_HEADS), self.after[axis]
+            width_before, width_after = self.before[axis] // self.before[groups], wanted // self.after[groups]
+            if width_after > width_before:
+                enough = next(n for n in range(-(-wanted // width_before), wanted + 1) if wanted % n == 0)
+                raise SizeError(
+                    f"{wanted} query heads over {self.after[groups]} kv heads are {width_after} to a group, the "
+                    f"source has {width_before}: query heads move only with their kv head. Ask for at least "
+                    f"{groups}={enough}"
+                )
 
     def fan_in_gains(self) -> dict[str, float]:
-        """sqrt(fan-in of the source / fan-in of the target) for every matrix that reads a shrunk axis."""
+        """sqrt(fan-in of the source / fan-in of the target) for every matrix that reads a shrunk axis.
+
+        Nothing is rescaled where it is not proven which side reads.
+        """
+        if not self.certificate.reads:
+            logger.warning(
+                "%s: which side of each tensor reads is not proven, so nothing is rescaled",
+                self.certificate.model_class,
+            )
+            return {}
         gains = {}
         for name, text in self.certificate.layouts.items():
             reading = [dim for dim in parse(text) if dim.reads]
@@ -146,7 +222,7 @@ class Request:
 
     def _tied_gains(self, gains: dict[str, float]) -> dict[str, float]:
         """With a tied head, the head's gain moves to the norm before it, or is left out where there is none."""
-        if not self.target_config.tie_word_embeddings:
+        if not any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config)):
             return gains
         for name in self.certificate.tied:
             gain = gains.pop(name, 1.0)
@@ -178,7 +254,7 @@ class Request:
             target_sizes=self.after,
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
-            layers=self.layers,
+            layers=dict(self.layers),
             maps=dict(maps),
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, MOE_FFN
+from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, kind_of
 from hf_ws.errors import PlanError
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
@@ -37,19 +37,11 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     def ranked(axis: str) -> AxisMap:
         if before[axis] == after[axis]:
             return Gather(tuple(range(after[axis])), before[axis])
-        seen = axis in (HIDDEN, FFN, KV_HEADS, HEADS)
+        seen = kind_of(axis) in (HIDDEN, FFN, KV_HEADS, HEADS)
         return Rank(after[axis], before[axis], by if seen or by != "activation" else "magnitude")
 
-    for axis in (HIDDEN, EMBEDDING):
-        if axis in request.axes:
-            maps[axis] = ranked(axis)
-    for layer in range(len(request.layers)):
-        for axis in (FFN, MOE_FFN, EXPERTS):
-            if axis in request.axes:
-                maps[f"{axis}@{layer}"] = ranked(axis)
-        if HEADS not in maps:
-            maps[f"{KV_HEADS}@{layer}"] = ranked(KV_HEADS)
-            maps[f"{HEADS}@{layer}"] = ranked(HEADS)
+    for axis in (axis for axis in request.axes if axis not in maps):
+        maps |= dict.fromkeys(request.places(axis), ranked(axis))
     return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
 
 

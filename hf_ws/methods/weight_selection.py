@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from hf_ws.axes import EMBEDDING, EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, MOE_FFN
+from hf_ws.axes import HEADS, KV_HEADS, kind_of, sibling
 from hf_ws.errors import PlanError
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan
@@ -68,22 +68,30 @@ def uniform(size: int, keep: int) -> np.ndarray:
 
 def _maps(request: Request, choose: Choose) -> dict[str, AxisMap]:
     before, after = request.before, request.after
-    maps: dict[str, AxisMap] = {
-        axis: Gather(tuple(choose(before[axis], after[axis]).tolist()), before[axis])
-        for axis in (HIDDEN, EMBEDDING, FFN, MOE_FFN, EXPERTS)
-        if axis in request.axes
-    }
-    width, keep = before[HEADS] // before[KV_HEADS], after[HEADS] // after[KV_HEADS]
-    groups, inside = choose(before[KV_HEADS], after[KV_HEADS]), choose(width, keep)
-    maps[KV_HEADS] = Gather(tuple(groups.tolist()), before[KV_HEADS])
-    maps[HEADS] = Gather(tuple((groups[:, None] * width + inside).ravel().tolist()), before[HEADS])
+    maps: dict[str, AxisMap] = {}
+    for axis in request.axes:
+        if kind_of(axis) == KV_HEADS:
+            continue
+        if kind_of(axis) != HEADS:
+            if after[axis] <= before[axis]:
+                maps[axis] = Gather(tuple(choose(before[axis], after[axis]).tolist()), before[axis])
+            continue
+        kv_heads = sibling(axis, KV_HEADS)
+        width, keep = before[axis] // before[kv_heads], after[axis] // after[kv_heads]
+        groups, inside = choose(before[kv_heads], after[kv_heads]), choose(width, keep)
+        maps[kv_heads] = Gather(tuple(groups.tolist()), before[kv_heads])
+        maps[axis] = Gather(tuple((groups[:, None] * width + inside).ravel().tolist()), before[axis])
     return maps
 
 
 def _target_names(request: Request) -> list[str]:
-    """Every parameter of the target, layer numbers spelled out."""
+    """Every tensor of the target, layer numbers spelled out."""
     names = []
     for pattern in request.certificate.layouts:
-        layers = range(len(request.layers)) if "*" in pattern else [None]
+        stack = request.certificate.stacks.get(pattern.partition(".*")[0]) if "*" in pattern else None
+        led = (
+            f"{pattern.partition('.*')[0]}.0" in request.certificate.stacks
+        )  # its first layer has patterns of its own
+        layers = range(led, len(request.layers[stack])) if stack else [None]
         names += [pattern if layer is None else pattern.replace("*", str(layer), 1) for layer in layers]
     return names

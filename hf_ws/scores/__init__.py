@@ -17,7 +17,7 @@ from hf_ws.scores.activation import activation
 from hf_ws.scores.magnitude import magnitude
 from hf_ws.store import Source
 
-Score = Callable[[Source, Certificate, Evidence | None, str, int | None], Tensor]
+Score = Callable[[Source, Certificate, Evidence | None, str, int | str | None], Tensor]
 
 SCORES: dict[str, Score] = {"activation": activation, "magnitude": magnitude}
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def activation(
-    source: Source, certificate: Certificate, evidence: Evidence | None, axis: str, layer: int | None
+    source: Source, certificate: Certificate, evidence: Evidence | None, axis: str, layer: int | str | None
 ) -> Tensor:
     """Mean absolute activation over the calibration tokens.
 

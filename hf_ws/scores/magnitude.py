@@ -18,7 +18,7 @@ _MEANS: WeakKeyDictionary[Source, dict[str, list[Tensor]]] = WeakKeyDictionary()
 
 
 def magnitude(
-    source: Source, certificate: Certificate, evidence: Evidence | None, axis: str, layer: int | None
+    source: Source, certificate: Certificate, evidence: Evidence | None, axis: str, layer: int | str | None
 ) -> Tensor:
     """Mean absolute weight of every matrix that touches each index, summed over them; needs no data.
 

@@ -1,0 +1,267 @@
+"""How config classes spell the sizes of their axes, and what they compute of them: data for `hf_ws.sizes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig as Config
+from transformers.models.xlstm.configuration_xlstm import round_up_to_next_multiple_of
+
+from hf_ws.axes import (
+    EMBEDDING,
+    EXPERTS,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    KV_RANK,
+    LABELS,
+    LAYERS,
+    MOE_FFN,
+    NOPE_DIM,
+    POSITIONS,
+    PROJECTION,
+    Q_RANK,
+    RANK,
+    ROPE_DIM,
+    SHARED_FFN,
+    STATE,
+    UNIT,
+    V_DIM,
+    VOCAB,
+    WAVES,
+)
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    HIDDEN: (
+        "hidden_size",
+        "n_embd",
+        "d_model",
+        "dim",
+        "embed_dim",
+        "emb_dim",
+        "hidden_sizes",
+        "embed_dims",
+        "stage_out_channels",
+        "embed_dim_per_stage",
+        "descriptor_dim",
+    ),
+    LAYERS: (
+        "num_layers_per_stack",
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "depth",
+        "depths",
+        "blocks_per_stage",
+        "layers",
+        "resampler_depth",
+    ),
+    HEADS: (
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "attention_heads",
+        "num_attention_heads_per_stage",
+        "resampler_n_heads",
+    ),
+    KV_HEADS: ("num_key_value_heads", "num_kv_heads", "n_groups"),
+    HEAD_DIM: (
+        "head_dim",
+        "d_kv",
+        "attention_head_dim",
+        "d_head",
+        "dim_head",
+        "attention_head_size",
+        "resampler_head_dim",
+        "kv_channels",
+    ),
+    FFN: (
+        "intermediate_size",
+        "n_inner",
+        "ffn_dim",
+        "ffn_hidden_size",
+        "d_ff",
+        "dff",
+        "mlp_dim",
+        "hidden_dim",
+        "d_inner",
+        "dim_ff",
+        "feed_forward_size",
+        "stage_mid_channels",
+    ),
+    MOE_FFN: ("moe_intermediate_size", "expert_ffn_hidden_size"),
+    SHARED_FFN: ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    INNER: ("lru_width", "attention_hidden_size", "ple_embed_dim"),
+    EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    STATE: ("state_size", "mamba_d_state", "ssm_state_size"),
+    RANK: ("time_step_rank", "mamba_dt_rank"),
+    Q_RANK: ("q_lora_rank",),
+    KV_RANK: ("kv_lora_rank",),
+    ROPE_DIM: ("qk_rope_head_dim",),
+    NOPE_DIM: ("qk_nope_head_dim",),
+    V_DIM: ("v_head_dim",),
+    VOCAB: ("vocab_size", "tgt_vocab_size"),
+    POSITIONS: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_source_positions"),
+    EMBEDDING: ("embedding_size", "word_embed_proj_dim"),
+    PROJECTION: ("projection_dim",),
+    LABELS: ("num_labels",),
+    "encoder.layers": ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
+    "decoder.layers": ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers"),
+    "encoder.heads": (
+        "encoder_attention_heads",
+        "encoder_num_attention_heads",
+        "num_encoder_attention_heads",
+    ),
+    "decoder.heads": (
+        "decoder_attention_heads",
+        "decoder_num_attention_heads",
+        "num_decoder_attention_heads",
+        "decoder_self_attention_heads",
+    ),
+    "encoder.kv_heads": ("encoder_num_key_value_heads",),
+    "decoder.kv_heads": ("decoder_num_key_value_heads",),
+    "encoder.ffn": ("encoder_ffn_dim", "encoder_intermediate_size"),
+    "decoder.ffn": ("decoder_ffn_dim", "decoder_intermediate_size"),
+    "encoder.hidden": ("encoder_hidden_dim",),
+    "decoder.hidden": ("decoder_hidden_size",),
+    "mamba.heads": ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
+    "mamba.head_dim": ("mamba_d_head", "mamba_head_dim", "mamba_headdim"),
+    "linear.heads": ("linear_num_value_heads", "linear_num_heads"),
+    "linear.kv_heads": ("linear_num_key_heads",),
+    "linear.head_dim": ("linear_key_head_dim", "linear_head_dim"),
+    "linear.v_dim": ("linear_value_head_dim",),
+    "mamba.kv_heads": (
+        "mamba_n_groups",
+        "mamba_ngroups",
+        "n_groups",
+    ),  # heads of a group share its B and C as others share k, v
+    "dense.ffn": ("intermediate_size_mlp",),
+    "encoder.vocab": ("src_vocab_size",),
+    "shape.vocab": ("shape_vocab_size",),
+    "shape.embedding": ("shape_embed_dim",),
+    "pronunciation.vocab": ("pronunciation_vocab_size",),
+    "pronunciation.embedding": ("pronunciation_embed_dim",),
+    "visual.embedding": ("visual_embedding_dim", "visual_feat_dim"),
+    "language.layers": ("l_layers",),
+    "vision.layers": ("r_layers",),
+    "cross.layers": ("x_layers",),
+    "per_layer.hidden": ("hidden_size_per_layer_input",),
+    "per_layer.vocab": ("vocab_size_per_layer_input",),
+    "entity.vocab": ("entity_vocab_size",),
+    "entity.embedding": ("entity_emb_size",),
+    "neck.hidden": ("neck_hidden_sizes",),
+    "index.heads": ("index_n_heads", "indexer_n_heads"),
+    "index.head_dim": ("index_head_dim", "indexer_head_dim"),
+    "decoder.positions": ("max_target_positions",),
+}
+"""How config classes spell each axis. Of several names in one config the first counts; the others follow it."""
+
+SIZE_FIELDS = frozenset(name for names in FIELDS.values() for name in names)
+
+
+def _falcon_kv_heads(config: Config) -> int:
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+SINES: dict[str, tuple[str, str]] = {
+    "parakeet_encoder": ("relative_k_proj.weight", "(waves 2)"),
+    "nemotron_asr_streaming_encoder": ("relative_k_proj.weight", "(waves 2)"),
+    "gemma4_audio": ("relative_k_proj.weight", "(2 waves)"),
+    "wav2vec2-conformer": ("linear_pos.weight", "(waves 2)"),
+    "fastspeech2_conformer": ("linear_pos.weight", "(waves 2)"),
+    "seamless_m4t": ("linear_pos.weight", "(waves 2)"),
+    "xlnet": ("rel_attn.r", "(2 waves)"),
+}
+"""What reads the sines and cosines of a relative position, and how these lie: by pairs, or first all sines.
+
+A wave's frequency goes by its number, so its order is no symmetry; a target with fewer takes every second, or so.
+"""
+
+
+def _of_stages(size: Callable[[Config, int], int], kind: str = FFN) -> dict[str, Callable[[Config], Any]]:
+    """A size in every stage, of that stage's width: in a ResNet the narrow middle of a bottleneck is its `ffn`."""
+
+    def derived(stage: int) -> Callable[[Config], int | None]:
+        return lambda c: size(c, c.hidden_sizes[stage]) if stage < len(c.hidden_sizes) else None
+
+    return {f"{kind}.{stage}": derived(stage) for stage in range(6)}
+
+
+def _swin_head_dims(factor: int) -> dict[str, Callable[[Config], Any]]:
+    """Stages each so many times as wide as the one before, with heads of their own."""
+
+    def derived(stage: int) -> Callable[[Config], int | None]:
+        return lambda c: (
+            c.embed_dim * factor**stage // c.num_heads[stage] if stage < len(c.num_heads) else None
+        )
+
+    return {f"{HEAD_DIM}.{stage}": derived(stage) for stage in range(8)}
+
+
+HEADED = ("fun_asr_nano_encoder",)
+"""Families whose stream is heads side by side, for it is added to values, or split into heads, as it is."""
+
+DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "dinat"), _swin_head_dims(2)),
+    "swin2sr": _swin_head_dims(1),
+    "mobilevit": _of_stages(lambda config, width: width // config.num_attention_heads, HEAD_DIM),
+    "resnet": _of_stages(lambda config, width: width // 4),
+    **{family: {WAVES: lambda config: config.hidden_size // 2} for family in SINES},
+    "bloom": {FFN: lambda config: 4 * config.hidden_size},
+    "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
+    "falcon": {KV_HEADS: _falcon_kv_heads},
+    "zamba": {
+        "mamba.head_dim": lambda config: config.mamba_expand * config.hidden_size // config.n_mamba_heads
+    },
+    "xmod": {PROJECTION: lambda config: config.hidden_size // config.adapter_reduction_factor},
+    "xlstm": {
+        HEAD_DIM: lambda config: config.qk_head_dim,
+        V_DIM: lambda config: config.v_head_dim,
+        FFN: lambda config: round_up_to_next_multiple_of(
+            config.hidden_size * config.ffn_proj_factor, config.ffn_round_up_to_multiple_of
+        ),
+    },
+    **dict.fromkeys(
+        ("tipsv2_vision_model", "videoprism_vision_model"),  # as wide as the text, with heads of their own
+        {HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads},
+    ),
+    **{
+        # a convolution over positions in groups of channels: any channel of a group, but the same one of each group
+        family: {UNIT: lambda config: config.hidden_size // config.num_conv_pos_embedding_groups}
+        for family in (
+            *(
+                "data2vec-audio",
+                "hubert",
+                "sew",
+                "sew-d",
+                "speecht5",
+                "unispeech",
+                "unispeech-sat",
+                "wav2vec2",
+            ),
+        )
+    },
+    "wav2vec2-conformer": {
+        UNIT: lambda config: config.hidden_size // config.num_conv_pos_embedding_groups,
+        WAVES: lambda config: config.hidden_size // 2,
+    },
+}
+"""Sizes that a family computes from other fields although it may have a field of that name.
+
+Where there is a `unit`, every `hidden` in a tensor is so many units, side by side.
+"""
+
+
+MIXERS = ("mamba", "linear", "index")
+"""Scopes of what is in a layer beside its attention."""
+
+PARTS = ("encoder", "decoder", *MIXERS)
+"""Scopes that are no sub-config: fields of one config say whose they are. They share what they do not have apart."""

@@ -1,0 +1,236 @@
+"""What a dimension of a given length may be: the products and sums of axes that fit both miniatures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import permutations, product
+
+from transformers import PreTrainedConfig
+
+from hf_ws.axes import (
+    EMBEDDING,
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    KV_RANK,
+    LAYERS,
+    NOPE_DIM,
+    POSITIONS,
+    Q_RANK,
+    RANK,
+    ROPE_DIM,
+    STATE,
+    UNIT,
+    V_DIM,
+    VOCAB,
+    WAVES,
+    kind_of,
+    length,
+    parse,
+    sibling,
+)
+from hf_ws.fields import DERIVED, HEADED, SINES
+from hf_ws.sizes import field_of, main_path, near, nodes, sizes_of
+
+SUMS = (
+    "(heads head_dim + kv_heads head_dim + kv_heads head_dim)",
+    "(heads head_dim + head_dim + head_dim)",
+    "(rank + state + state)",
+    "(kv_rank + rope_dim)",
+    "(nope_dim + rope_dim)",
+    "(heads (nope_dim + rope_dim))",
+    "(heads (nope_dim + v_dim))",
+    "(heads (nope_dim + rope_dim + v_dim))",
+    "(heads nope_dim + heads rope_dim)",
+    "(heads head_dim + kv_heads state + kv_heads state)",
+    "(heads head_dim + heads head_dim + kv_heads state + kv_heads state + heads)",
+    "(kv_heads head_dim + kv_heads head_dim + heads v_dim)",
+    "(kv_heads (head_dim + head_dim + heads v_dim + heads v_dim))",
+    "(kv_heads (heads + heads))",
+)
+"""What is stored end to end in one tensor, in every stack that has these axes; products need no such list."""
+
+ACROSS = ("(hidden + shape.embedding + pronunciation.embedding)",)
+"""The same with axes of several stacks, each by its full name."""
+
+MORE = 20
+"""How many rows a table may have after one for each token, or a router after one for each expert, in a miniature."""
+
+
+ATTENTION = re.compile(r"attn|attention")
+"""What an attention's module is called."""
+
+
+class Explain:
+    """The products and sums of axes that have a given length in both miniatures."""
+
+    def __init__(self, small: PreTrainedConfig, other: PreTrainedConfig) -> None:
+        sizes, others = visible_sizes(small), visible_sizes(other)
+        self._terms: list[tuple[str, int, int]] = []
+        """Factors side by side, as in a parenthesis, with their length in each miniature."""
+        self._sums: list[tuple[str, int, int]] = []
+        for axis in sizes:
+            if kind_of(axis) not in (LAYERS, WAVES) and axis in others:
+                self._terms.append((axis, sizes[axis], others[axis]))
+        self._sines = dict(_sines(small))
+        for heads in (axis for axis in sizes if kind_of(axis) == HEADS):
+            names = {kind: near(heads, kind, sizes) for kind in SCOPED}
+            names[HEADS] = heads
+            pairs = [
+                (own, inner)
+                for own in (heads, names[KV_HEADS])
+                for inner in (HEAD_DIM, V_DIM, NOPE_DIM, ROPE_DIM, STATE)
+            ]
+            for own, inner in pairs:
+                if own and (head_dim := names.get(inner)) in others:
+                    self._terms.append(
+                        (f"{own} {head_dim}", sizes[own] * sizes[head_dim], others[own] * others[head_dim])
+                    )
+            for own, inner in product(
+                _of_layers(heads, (HEADS, KV_HEADS), sizes), _of_layers(heads, (HEAD_DIM, V_DIM), sizes)
+            ):
+                self._terms.append((f"{own} {inner}", sizes[own] * sizes[inner], others[own] * others[inner]))
+            self._add_sums(names, sizes, others)
+        for rank in (axis for axis in sizes if kind_of(axis) == RANK):
+            names = {kind: near(rank, kind, sizes) for kind in SCOPED if kind != KV_HEADS}
+            self._add_sums(names | {RANK: rank}, sizes, others)
+        for text in ACROSS:
+            if {*parse(text)[0].axes} <= sizes.keys() & others.keys():
+                self._sums.append((text, length(parse(text)[0], sizes), length(parse(text)[0], others)))
+
+    def _add_sums(
+        self, names: Mapping[str, str | None], sizes: Mapping[str, int], others: Mapping[str, int]
+    ) -> None:
+        """What one stack, whose axes have these names, may store end to end."""
+        for text in SUMS:
+            if (spelled := _scoped(text, names)) is not None:
+                dim = parse(spelled)[0]
+                try:
+                    self._sums.append((spelled, length(dim, sizes), length(dim, others)))
+                except ValueError:  # heads that are no multiple of these groups are not grouped
+                    continue
+
+    def __call__(self, size: int, other: int | None, inner: bool, name: str) -> tuple[str, ...]:
+        """The explanations of a dimension, the most likely first."""
+        if other is None or size == other:
+            return (str(size),)
+        found: dict[str, tuple[int, ...]] = {}
+        for (waves, end), sines in self._sines.items():
+            if size == waves and not inner and name.endswith(end):
+                return (sines,)
+        for text, here, there in self._terms:
+            factors = text.split()
+            number, rest = divmod(size, here)
+            if not rest and number * there == other:
+                spellings = {
+                    _product(p) for p in permutations([*([str(number)] if number > 1 else []), *factors])
+                }
+                likely = _product([*([str(number)] if number > 1 else []), *factors])
+                for spelled in sorted(spellings):
+                    found[spelled] = self._rank(text, number, spelled != likely, inner, name)
+        for spelled, here, there in self._sums:
+            if (size, other) == (here, there):
+                found.setdefault(spelled, (2, *self._rank(spelled, 1, False, inner, name)[1:]))
+        for axis, here, there in self._terms:
+            if kind_of(axis) == POSITIONS and 0 < size - here == other - there <= 8:
+                found.setdefault(f"({size - here} + {axis})", (0, 3, 0, 0))
+            elif not found and kind_of(axis) in (VOCAB, EXPERTS) and 0 < size - here == other - there <= MORE:
+                found[f"({axis} + {size - here})"] = (0, 3, 0, 0)
+        for axis, here, there in (
+            self._terms if not found else ()
+        ):  # FocalNet: a few gates behind two copies of the stream
+            number = (size - other) // (here - there) if here != there else 0
+            rest = size - number * here
+            if (
+                kind_of(axis) == HIDDEN
+                and " " not in axis
+                and number > 1
+                and 0 < rest == other - number * there <= 8
+            ):
+                found[f"({number} {axis} + {rest})"] = self._rank(axis, number, False, inner, name)
+        return tuple(sorted(found, key=lambda text: (found[text], text)))
+
+    def _rank(self, text: str, number: int, odd_order: bool, inner: bool, name: str) -> tuple[int, ...]:
+        pair = " " in text
+        stack = text.partition(" ")[0].rpartition(kind_of(text.partition(" ")[0]))[0].rstrip(".")
+        words = [word for word in re.split(r"[._]", stack) if word not in ("config", "")]
+        elsewhere = bool(words) and not any(word in name for word in words)
+        unlikely = int(pair != inner and (pair or kind_of(text) in (HIDDEN, UNIT)))
+        unlikely += int(kind_of(text) == HIDDEN and number > 1)
+        unlikely += int(
+            pair and not inner and ATTENTION.search(name) is not None
+        )  # rather two streams, end to end
+        unlikely += 2 * int(not pair and kind_of(text) in (HEADS, KV_HEADS, HEAD_DIM, EXPERTS) and number > 1)
+        stage = text.rpartition(".")[2]
+        unlikely += int(pair and not inner and stage.isdigit())  # other stages' heads fit any power of two
+        off = int(stage.isdigit() and stage not in name.split("."))
+        return (unlikely, int(elsewhere), int(odd_order), number, int(pair != inner), off)
+
+
+def _sines(config: PreTrainedConfig) -> Iterator[tuple[tuple[int, str], str]]:
+    """How the waves that a parameter reads lie, by their number and the end of its name."""
+    main, sizes = main_path(config), sizes_of(config)
+    for path, node in nodes(config):
+        if node.model_type in SINES:
+            scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+            end, text = SINES[node.model_type]
+            yield (2 * sizes[f"{scope}{WAVES}"], end), text.replace(WAVES, f"{scope}{WAVES}")
+
+
+SCOPED = (HIDDEN, KV_HEADS, HEAD_DIM, RANK, Q_RANK, KV_RANK, ROPE_DIM, NOPE_DIM, V_DIM, STATE)
+
+
+def _scoped(text: str, names: Mapping[str, str | None]) -> str | None:
+    """A spelling with each kind replaced by the axis of one stack; None if that has not all of them."""
+    kinds = set(re.findall(r"[a-z_]+", text))
+    if not all(names.get(kind) for kind in kinds):
+        return None
+    return re.sub(r"[a-z_]+", lambda match: str(names[match.group()]), text)
+
+
+def _of_layers(heads: str, kinds: tuple[str, ...], sizes: Mapping[str, int]) -> list[str]:
+    """The axes of these kinds in a stack, those that only some of its layers have (`head_dim.1`) included."""
+    if heads[-1].isdigit() or not any(
+        f"{sibling(heads, kind)}.1" in sizes for kind in (HEADS, KV_HEADS, HEAD_DIM, V_DIM)
+    ):
+        return []
+    return [
+        axis
+        for kind in kinds
+        for axis in sizes
+        if axis.rstrip("0123456789").rstrip(".") == sibling(heads, kind)
+    ]
+
+
+def _product(factors: tuple[str, ...] | list[str]) -> str:
+    return factors[0] if len(factors) == 1 else f"({' '.join(factors)})"
+
+
+def visible_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """The sizes that can show in a parameter: not those that merely repeat another (`kv_heads` in GPT-2)."""
+    sizes = sizes_of(config)
+    derived = DERIVED.get(config.model_type, {})
+    for axis in list(sizes):
+        if (kind_of(axis) == KV_HEADS and field_of(config, axis) is None and axis not in derived) or (
+            kind_of(axis) == EMBEDDING and sizes.get(near(axis, HIDDEN, sizes) or "") == sizes[axis]
+        ):
+            del sizes[axis]
+    for hidden in streams(config):
+        sizes.pop(hidden, None)
+    return sizes
+
+
+def streams(config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
+    """Streams whose channels are not free, as the axes that they consist of."""
+    found: dict[str, tuple[str, ...]] = {
+        sibling(axis, HIDDEN): (axis,) for axis in sizes_of(config) if kind_of(axis) == UNIT
+    }
+    main = main_path(config)
+    for path, node in nodes(config):
+        if node.model_type in HEADED:
+            scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+            found[f"{scope}{HIDDEN}"] = (f"{scope}{HEADS}", f"{scope}{HEAD_DIM}")
+    return found

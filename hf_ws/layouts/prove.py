@@ -1,0 +1,390 @@
+"""Proof of a layout: permute an axis wherever the layout says it occurs, and the function must not change.
+
+Two symmetries settle it, on the miniature, with every parameter perturbed, in float64 and eager attention:
+
+*Permutation.* Reorder one axis (hidden; ffn; experts; whole kv groups and the query heads inside each) in every
+tensor. The output must not move, or move along where it has that axis itself. A factor in the wrong order, a tensor
+left out, a q taken for a k, each breaks this. Where the explanation that looked most likely fails, the others that
+fit the lengths are tried: the proof decides, not the likelihood. An axis none of them proves stays fixed.
+
+*Duplication.* Copy every channel, neuron and head once, and share what reads them. The output must not move. This
+proves which side of each tensor reads, on which gains and growth depend.
+
+The order inside a head is not claimed where rotary pairs make it no symmetry, nor is that of positions: of these a
+target keeps the first, and the proof is that it then gives the same on inputs that are short enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations, islice, product
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_ws.axes import (
+    EMBEDDING,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MOE_FFN,
+    POSITIONS,
+    ROPE_DIM,
+    SHARED_FFN,
+    UNIT,
+    VOCAB,
+    WAVES,
+    coordinates,
+    kind_of,
+    parse,
+    sibling,
+    spell,
+)
+from hf_ws.layouts import run
+from hf_ws.layouts.explain import streams
+from hf_ws.layouts.infer import Choice, Inferred, generic, tensors_of
+from hf_ws.layouts.miniature import RESERVED, inputs
+from hf_ws.layouts.outputs import Maps, distance, renumbered
+from hf_ws.layouts.select import select
+from hf_ws.sizes import resize, sizes_of
+
+TOLERANCE = 2e-5
+"""Of the largest output. Norms compute in float32 whatever the model's dtype; float64 elsewhere is far below this."""
+
+TRIES, WORK = 200, 400_000_000
+"""How many combinations of explanations are tried before an axis is given up, and how many parameters that may run."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proven of inferred layouts."""
+
+    layouts: dict[str, str]
+    proven: set[str]
+    layerwise: set[str]
+    """Of these, the axes whose order may be another in each layer."""
+    errors: dict[str, float]
+    reads: bool
+    unread: tuple[str, ...]
+    tables: tuple[str, ...] = ()
+    """Computed position tables that were set to zero for the proof."""
+
+
+def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Proof:
+    """Prove each axis by permutation, the reading sides by duplication; in `run.plain_arithmetic`."""
+    bench = _Bench(model_class, inferred)
+    layouts, errors = _by_permutation(bench)
+    proven = {axis for axis, error in errors.items() if error <= TOLERANCE}
+    proven |= {sibling(axis, KV_HEADS) for axis in proven if kind_of(axis) == HEADS}
+    proven |= {hidden for hidden, parts in streams(inferred.miniature).items() if proven.issuperset(parts)}
+    layerwise = {axis for axis in proven if _layerwise(bench, layouts, axis)}
+    layouts, error = _by_duplication(bench, layouts, proven)
+    errors["reads"] = error
+    return Proof(layouts, proven, layerwise, errors, error <= TOLERANCE, bench.unread(), bench.tables)
+
+
+class _Bench:
+    """A miniature with its weights, its inputs and what it gives for them."""
+
+    def __init__(self, model_class: type[PreTrainedModel], inferred: Inferred) -> None:
+        self.model_class, self.inferred = model_class, inferred
+        self.sizes = sizes_of(inferred.miniature)
+        self.model = run.perturbed(run.build(model_class, inferred.miniature))
+        self.tables = self.silence(self.model, self.sizes)
+        self.state = {name: tensor.detach().clone() for name, tensor in tensors_of(self.model).items()}
+        self.inputs = inputs(self.model)
+        self.output = run.run(self.model, self.inputs)
+
+    @staticmethod
+    def silence(model: PreTrainedModel, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Take computed position tables out of a model of these sizes."""
+        return run.without_tables(model, {size for axis, size in sizes.items() if kind_of(axis) == HIDDEN})
+
+    def transferred(
+        self, layouts: Mapping[str, str], target: Mapping[str, int], maps: Maps
+    ) -> dict[str, Tensor]:
+        """The state with these maps applied."""
+        made = {}
+        for name, tensor in self.state.items():
+            pattern, layer = generic(name, self.inferred.stacks)
+            own = {
+                axis.partition("@")[0]: m
+                for axis, m in maps.items()
+                if axis.partition("@")[2] in ("", str(layer))
+            }
+            made[name] = select(tensor, parse(layouts[pattern]), self.sizes, target, own)
+        return made
+
+    def permuted(self, layouts: Mapping[str, str], maps: Maps) -> float:
+        """How far the output moves when these axes are permuted; infinity where the shapes do not even fit."""
+        try:
+            run.load(self.model, self.transferred(layouts, self.sizes, maps))
+            return distance(run.run(self.model, renumbered(self.inputs, maps, self.sizes)), self.output, maps)
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return float("inf")
+
+    def unread(self) -> tuple[str, ...]:
+        """Tensors that have no influence on the output."""
+        run.load(self.model, self.state)
+        with torch.enable_grad():
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(True)
+            torch.manual_seed(1)
+            given = run.run(self.model, self.inputs)
+            total = sum(
+                (value * torch.randn_like(value)).sum() for value in given.values() if value.requires_grad
+            )
+            if isinstance(total, Tensor):
+                total.backward()
+        dead = [
+            n for n, p in self.model.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)
+        ]
+        return tuple(dict.fromkeys(generic(name, self.inferred.stacks)[0] for name in dead))
+
+
+def permutations(
+    sizes: Mapping[str, int], axes: set[str], seed: int = 0
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """For each axis, a permutation of it: kv groups move whole, with their query heads reordered inside."""
+    rng = np.random.default_rng(seed)
+    for axis in (axis for axis in sizes if axis in axes):
+        kind, size = kind_of(axis), sizes[axis]
+        if kind == HEADS:
+            groups = rng.permutation(sizes.get(sibling(axis, KV_HEADS), size))
+            inside = np.stack([rng.permutation(size // len(groups)) for _ in groups])
+            order = (groups[:, None] * inside.shape[1] + inside).ravel()
+            yield axis, {sibling(axis, KV_HEADS): groups, axis: order}
+        elif kind == KV_HEADS and sibling(axis, HEADS) in sizes:
+            continue
+        elif kind not in (POSITIONS, WAVES):
+            fixed = (
+                RESERVED if kind == VOCAB else 0
+            )  # RoBERTa counts positions by where the padding id stands
+            yield axis, {axis: np.r_[:fixed, fixed + rng.permutation(size - fixed)]}
+
+
+def _layerwise(bench: _Bench, layouts: Mapping[str, str], axis: str) -> bool:
+    """Whether the axis may be in another order in each layer: it lives inside the layers alone."""
+    heads = sibling(axis, HEADS) if kind_of(axis) == KV_HEADS else axis
+    about = {heads, sibling(heads, KV_HEADS)} if kind_of(heads) == HEADS else {heads}
+    inside = [name for name, text in layouts.items() if any(about & set(dim.axes) for dim in parse(text))]
+    if not inside or not all("*" in name for name in inside):
+        return False
+    layers = {
+        layer
+        for name in bench.state
+        for layer in [generic(name, bench.inferred.stacks)[1]]
+        if layer is not None
+    }
+    maps: dict[str, np.ndarray] = {}
+    for seed, layer in enumerate(layers):
+        own = dict(permutations(bench.sizes, {heads}, seed + 1))[heads]
+        maps |= {f"{name}@{layer}": axis_map for name, axis_map in own.items()}
+    return bench.permuted(layouts, maps) <= TOLERANCE
+
+
+def _by_permutation(bench: _Bench) -> tuple[dict[str, str], dict[str, float]]:
+    """The layouts under which most axes are proven, and what permuting each axis moved the output by."""
+    choices = bench.inferred.choices
+    layouts = dict(bench.inferred.layouts)
+    possible = {
+        axis
+        for choice in choices.values()
+        for dim in choice.dims
+        for text in dim
+        for axis in parse(text)[0].axes
+    }
+    possible |= {axis for text in layouts.values() for dim in parse(text) for axis in dim.axes}
+    possible |= {sibling(axis, HEADS) for axis in possible if kind_of(axis) == KV_HEADS}
+    moves = dict(permutations(bench.sizes, possible))
+    errors = {axis: bench.permuted(layouts, maps) for axis, maps in moves.items()}
+    # The order inside a head is no symmetry where positions turn pairs of channels: no reason to doubt the layouts.
+    failed = {
+        axis for axis, error in errors.items() if not error <= TOLERANCE and kind_of(axis) not in TURNED
+    }
+    doubted = {axis for axis, error in errors.items() if not error <= TOLERANCE}
+    picks = {name: (0,) * len(choice.dims) for name, choice in choices.items()}
+    tries = 0
+    limit = min(TRIES, max(20, WORK // sum(tensor.numel() for tensor in bench.state.values())))
+    while failed and tries < limit:
+        for other in islice(_alternatives(choices, picks, failed, set(errors) - failed), limit - tries):
+            tries += 1
+            tried = {**layouts, **{name: choices[name].text(own) for name, own in other.items()}}
+            better = _failing(bench, tried, moves, failed)
+            if better is not None and all(
+                bench.permuted(tried, moves[axis]) <= TOLERANCE for axis in set(errors) - doubted
+            ):  # go on from here with what is left
+                picks, layouts, failed = other, tried, better
+                break
+        else:
+            break
+    # What was proven under the first layouts must hold under the last.
+    errors = {axis: bench.permuted(layouts, maps) for axis, maps in moves.items()}
+    for axis in (axis for axis in bench.sizes if kind_of(axis) == POSITIONS and axis in possible):
+        errors[axis] = _shortened(bench, layouts, axis)
+    return layouts, errors
+
+
+def _failing(
+    bench: _Bench, layouts: Mapping[str, str], moves: Mapping[str, Maps], failed: set[str]
+) -> set[str] | None:
+    """Which of the failed axes still fail under other layouts; None unless these are fewer."""
+    left = set(failed)
+    for at, axis in enumerate(sorted(failed), 1):
+        if bench.permuted(layouts, moves[axis]) <= TOLERANCE:
+            left.remove(axis)
+        if len(left) == len(failed) and at > 2:
+            return None
+    return left if len(left) < len(failed) else None
+
+
+def _alternatives(
+    choices: Mapping[str, Choice], picks: Mapping[str, tuple[int, ...]], failed: set[str], proven: set[str]
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Other picks of explanations for what may contain a failed axis: first one changed, then two, then three.
+
+    Tensors of one name and one set of explanations, in whatever layer, are explained alike. What is explained by a
+    proven axis alone stays: the proof would fail if that axis were not there.
+    """
+    groups: dict[tuple[str, bool, tuple[str, ...], int], list[tuple[str, int]]] = {}
+    for name, choice in choices.items():
+        for at, (dim, pick) in enumerate(zip(choice.dims, picks[name], strict=True)):
+            now = set(parse(dim[pick])[0].axes)
+            about = {axis for text in dim for axis in parse(text)[0].axes}
+            about |= {sibling(axis, HEADS) for axis in about if kind_of(axis) == KV_HEADS}
+            now |= {sibling(axis, HEADS) for axis in now if kind_of(axis) == KV_HEADS}
+            if len(dim) > 1 and about & failed and (now & failed or not now & proven):
+                leaf = ".".join(part for part in name.split(".")[-3:-1] if not part.isdigit() and part != "*")
+                groups.setdefault((leaf, at == choice.reads[0], dim, pick), []).append((name, at))
+    for count in (1, 2, 3):
+        for keys in combinations(groups, count):
+            for chosen in product(*([i for i in range(len(key[2])) if i != key[3]] for key in keys)):
+                other = {name: list(own) for name, own in picks.items()}
+                for key, pick in zip(keys, chosen, strict=True):
+                    for name, at in groups[key]:
+                        other[name][at] = pick
+                yield {name: tuple(own) for name, own in other.items()}
+
+
+def _shortened(bench: _Bench, layouts: Mapping[str, str], axis: str) -> float:
+    """How far the output moves when the last positions are cut off a model that never reached them."""
+    keep = bench.sizes[axis] * 2 // 3
+    try:
+        target = resize(bench.inferred.miniature, {axis: keep})
+        model = run.build(bench.model_class, target)
+        bench.silence(model, sizes_of(target))
+        cut = bench.transferred(layouts, sizes_of(target), {axis: np.arange(keep)})
+        run.load(model, cut)
+        return distance(run.run(model, bench.inputs), bench.output, {})
+    except Exception:  # whatever the class objects to, fewer positions are not proven
+        return float("inf")
+
+
+def _by_duplication(bench: _Bench, layouts: dict[str, str], proven: set[str]) -> tuple[dict[str, str], float]:
+    """The layouts with the reading sides that pass, and what duplicating every axis moved the output by."""
+    try:
+        double = _Double(bench, layouts, proven)
+    except Exception:  # a class may refuse such sizes; then no growth is proven
+        return layouts, float("inf")
+    error = double.moved_by(layouts)
+    if error <= TOLERANCE:
+        return layouts, error
+    doubtful: dict[str, list[str]] = {}
+    for name, choice in bench.inferred.choices.items():
+        if len(choice.reads) > 1 and name in layouts:
+            doubtful.setdefault(f"{name.split('.')[-1]} {choice.reads}", []).append(name)
+    ranges = [range(len(bench.inferred.choices[names[0]].reads)) for names in doubtful.values()]
+    ordered = sorted(islice(product(*ranges), 20_000), key=lambda picks: (sum(map(bool, picks)), sum(picks)))
+    for picks in ordered[1 : TRIES // 4]:
+        tried = dict(layouts)
+        for names, pick in zip(doubtful.values(), picks, strict=True):
+            for name in names:
+                tried[name] = _read_at(layouts[name], bench.inferred.choices[name].reads[pick])
+        if (found := double.moved_by(tried)) <= TOLERANCE:
+            return tried, found
+    return layouts, error
+
+
+def _read_at(text: str, at: int | None) -> str:
+    """A layout with another dimension, or none, that reads."""
+    return spell(tuple(replace(dim, reads=d == at) for d, dim in enumerate(parse(text))))
+
+
+TURNED = (HEAD_DIM, ROPE_DIM)
+
+DUPLICATED = (HIDDEN, UNIT, FFN, MOE_FFN, SHARED_FFN, EMBEDDING, HEADS, KV_HEADS)
+
+
+class _Double:
+    """The miniature with every channel, neuron and head there twice, its reading shared one to two.
+
+    Uneven shares tell the sides apart: weighting the copies on the side that writes would change each of them.
+    """
+
+    def __init__(self, bench: _Bench, layouts: Mapping[str, str], proven: set[str]) -> None:
+        config, sizes = bench.inferred.miniature, bench.sizes
+        seen = {axis for text in layouts.values() for dim in parse(text) for axis in dim.axes}
+        repeated = {
+            axis
+            for axis in sizes
+            if kind_of(axis) == EMBEDDING and sizes[axis] == sizes.get(sibling(axis, HIDDEN))
+        }
+        twice = [axis for axis in sizes if kind_of(axis) in DUPLICATED and axis in proven | (repeated - seen)]
+        target = resize(config, {axis: 2 * sizes[axis] for axis in twice})
+        self._bench, self._sizes = bench, sizes_of(target)
+        self._maps = {
+            axis: np.arange(self._sizes[axis]) % sizes[axis]
+            for axis in twice
+            if self._sizes[axis] == 2 * sizes[axis]
+        }
+        for axis in (
+            axis for axis in seen if kind_of(axis) == WAVES and self._sizes[axis] == 2 * sizes[axis]
+        ):
+            self._maps[axis] = (
+                np.arange(self._sizes[axis]) // 2
+            )  # every second has the frequency of one of these
+        self._model = run.build(bench.model_class, target)
+        _same_constants(bench.model, self._model)
+        bench.silence(self._model, self._sizes)
+
+    def moved_by(self, layouts: Mapping[str, str]) -> float:
+        """How far its output is from the miniature's; infinity where it cannot even be run."""
+        bench, maps = self._bench, self._maps
+        try:
+            doubled = bench.transferred(layouts, self._sizes, maps)
+            for name, tensor in doubled.items():
+                for at, dim in enumerate(parse(layouts[generic(name, bench.inferred.stacks)[0]])):
+                    if axis := next(
+                        (axis for axis in dim.axes if kind_of(axis) == WAVES and axis in maps), None
+                    ):
+                        between = torch.from_numpy(coordinates(dim, self._sizes)[axis]) % 2 == 1
+                        share = torch.where(between, 0.0, 2.0 if dim.reads else 1.0)
+                        tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
+                    elif axis := next((axis for axis in dim.axes if dim.reads and axis in maps), None):
+                        second = torch.from_numpy(coordinates(dim, self._sizes)[axis]) >= bench.sizes[axis]
+                        share = torch.where(second, 4 / 3, 2 / 3)  # `select` halved both
+                        tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
+                doubled[name] = tensor
+            run.load(self._model, doubled)
+            given = renumbered(bench.inputs, maps, bench.sizes)
+            return distance(run.run(self._model, given), bench.output, maps)
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return float("inf")
+
+
+def _same_constants(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Some numbers are computed from the width (an embedding's scale); widening must not change them here."""
+    modules = dict(target.named_modules())
+    for name, module in source.named_modules():
+        if name in modules:
+            for key, value in vars(module).items():
+                if isinstance(value, float) and isinstance(vars(modules[name]).get(key), float):
+                    setattr(modules[name], key, value)
+            for key, buffer in module.named_buffers(recurse=False):
+                if buffer.ndim == 0 and buffer.is_floating_point():
+                    setattr(modules[name], key, buffer)
