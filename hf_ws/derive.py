@@ -96,7 +96,7 @@ def derive_config(
     problems, derived = _attempt(config, asked, stacks, fields)
     if derived is None:
         named = {axis: asked[axis] for axis in asked if _names(problems, config, axis)}
-        raise SizeError("; ".join([*problems, *_hints(config, asked, named or asked, stacks, fields)]))
+        raise SizeError("; ".join([*problems, *_hints(config, asked, named, stacks, fields)]))
     return derived
 
 
@@ -318,7 +318,7 @@ def _violations(
             yield f"{heads_axis}={heads} is no multiple of {kv_axis}={kv_heads}"
         node = places(config)[heads_axis][0].path if heads_axis in places(config) else ()
         owner = dict(nodes(config))[node]
-        if head_dim % 2 and hasattr(owner, "rope_parameters"):
+        if head_dim % 2 and head_dim != source[dim_axis] and hasattr(owner, "rope_parameters"):
             yield f"{dim_axis}={head_dim} is odd, and rotary positions turn pairs of channels"
         rotary_dim = fields.get("rotary_dim", getattr(owner, "rotary_dim", None))
         if isinstance(rotary_dim, int) and rotary_dim > head_dim:
@@ -359,7 +359,7 @@ def _hints(
     fields: Mapping[str, Any],
 ) -> Iterator[str]:
     """For each doubtful size that alone can mend the request, its nearest legal values."""
-    reach = 512 // len(doubtful)  # a thousand tries in all take seconds
+    reach = 512 // max(1, len(doubtful))  # a thousand tries in all take seconds
     for axis, size in doubtful.items():
         if isinstance(size, bool) or not isinstance(size, int) or kind_of(axis) == LAYERS:
             continue

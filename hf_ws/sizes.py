@@ -316,9 +316,12 @@ def resize(
     _forget_computed(config, values)
     _turn_the_same_part(config, values)
     if sizes.get(LABELS, known.get(LABELS)) != known.get(LABELS):
-        del values["id2label"], values["label2id"]
-    else:
+        values.pop("id2label", None)
+        values.pop("label2id", None)
+    elif values.get("id2label"):  # they say how many there are
         values.pop("num_labels", None)
+    elif LABELS in known:
+        values["num_labels"] = known[LABELS]
     for name, value in fields.items():
         *path, last = name.split(".")
         last = getattr(_node(config, path), "attribute_map", {}).get(last, last)

@@ -154,8 +154,8 @@ def _tensors(
     tensors: dict[str, Tensor] = {}
     for name, parameter in tqdm(list(tensors_of(model).items()), desc="transferring", unit="tensor", delay=2):
         pattern, layer = generic(name, certificate.stacks)
-        if plan.is_fresh(pattern):
-            continue
+        if plan.is_fresh(pattern) or name in (model._keys_to_ignore_on_save or ()):
+            continue  # the second are computed, and no checkpoint holds them
         text = plan.layouts[pattern]
         maps = {}
         for axis in {axis for dim in parse(text) for axis in dim.axes}:

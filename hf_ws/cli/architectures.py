@@ -10,9 +10,9 @@ from hf_ws.layouts.catalogue import KINDS, Verdict, types
 
 HEAD = """# Architectures
 
-What `hf-ws` can resize in each of the {count} model types of Transformers {version}: the axes that are proven to be
-free, on a miniature of the type's default config. `hf-ws certify --all --markdown` writes this page, and the tests
-check that it says what the proofs say (tests/test_zoo.py).
+What `hf-ws` can resize in {count} model types of Transformers {version}: the axes that are proven to be free, on a
+miniature of the type's default config. `hf-ws certify --all --markdown` writes this page; for the types in
+tests/zoo_types.txt the tests check that it says what the proofs say, and that a transfer keeps the laws.
 
 *Certified*: hidden, ffn, heads, kv_heads and layers may change wherever the type has them, in every stack. *In part*:
 one of these stays as it is, for the reason given. *Refused*: nothing is transferred. A config of your own is proven
@@ -23,8 +23,11 @@ when it is used, whatever stands here; `hf-ws certify <folder or id>` shows it.
 
 def page(found: Sequence[Verdict]) -> str:
     """The page in Markdown."""
-    head = HEAD.format(count=len(found), version=__version__)
-    return head + "\n".join([*_figures(found), "", *map(row, sorted(found, key=lambda v: v.name))]) + "\n"
+    missing = sorted(types().keys() - {verdict.name for verdict in found})
+    lines = [HEAD.format(count=len(found), version=__version__) + "\n".join(_figures(found)), ""]
+    if missing:
+        lines += [f"Without a verdict on this page: {', '.join(f'`{name}`' for name in missing)}.", ""]
+    return "\n".join([*lines, *map(row, sorted(found, key=lambda v: v.name))]) + "\n"
 
 
 def row(verdict: Verdict) -> str:

@@ -123,9 +123,8 @@ def lengths(
         whole |= bool(hidden and head_dim == sibling(axis, HEAD_DIM) and field_of(config, head_dim) is None)
         if whole and head_dim and hidden and (tight or field_of(config, head_dim) is None):
             if hidden in coupled and axis not in fixed:  # another stack of the same width: other heads
-                others = (
-                    n for n in (12, 10, 8, 20, 4, 5) if sizes[hidden] % n == 0 and n not in coupled[hidden]
-                )
+                spare = (12, 10, 20, 4, 5) if table is SIZES[0] else (8, 14, 7, 3, 21, 2)
+                others = (n for n in spare if sizes[hidden] % n == 0 and n not in coupled[hidden])
                 sizes[axis] = next(others, sizes[axis])
             elif hidden not in fixed:
                 sizes[hidden] = sizes[axis] * sizes[head_dim]

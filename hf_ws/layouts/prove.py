@@ -56,7 +56,7 @@ from hf_ws.sizes import resize, sizes_of
 TOLERANCE = 2e-5
 """Of the largest output. Norms compute in float32 whatever the model's dtype; float64 elsewhere is far below this."""
 
-TRIES, WORK = 200, 400_000_000
+TRIES, WORK = 150, 100_000_000
 """How many combinations of explanations are tried before an axis is given up, and how many parameters that may run."""
 
 
@@ -104,6 +104,11 @@ class _Bench:
     def silence(model: PreTrainedModel, sizes: Mapping[str, int]) -> tuple[str, ...]:
         """Take computed position tables out of a model of these sizes."""
         return run.without_tables(model, {size for axis, size in sizes.items() if kind_of(axis) == HIDDEN})
+
+    @property
+    def tries(self) -> int:
+        """How many explanations a model of this size is tried with."""
+        return min(TRIES, max(8, WORK // sum(tensor.numel() for tensor in self.state.values())))
 
     def transferred(
         self, layouts: Mapping[str, str], target: Mapping[str, int], maps: Maps
@@ -210,7 +215,7 @@ def _by_permutation(bench: _Bench) -> tuple[dict[str, str], dict[str, float]]:
     doubted = {axis for axis, error in errors.items() if not error <= TOLERANCE}
     picks = {name: (0,) * len(choice.dims) for name, choice in choices.items()}
     tries = 0
-    limit = min(TRIES, max(20, WORK // sum(tensor.numel() for tensor in bench.state.values())))
+    limit = bench.tries
     while failed and tries < limit:
         for other in islice(_alternatives(choices, picks, failed, set(errors) - failed), limit - tries):
             tries += 1
@@ -300,7 +305,7 @@ def _by_duplication(bench: _Bench, layouts: dict[str, str], proven: set[str]) ->
             doubtful.setdefault(f"{name.split('.')[-1]} {choice.reads}", []).append(name)
     ranges = [range(len(bench.inferred.choices[names[0]].reads)) for names in doubtful.values()]
     ordered = sorted(islice(product(*ranges), 20_000), key=lambda picks: (sum(map(bool, picks)), sum(picks)))
-    for picks in ordered[1 : TRIES // 4]:
+    for picks in ordered[1 : max(4, bench.tries // 4)]:
         tried = dict(layouts)
         for names, pick in zip(doubtful.values(), picks, strict=True):
             for name in names:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self, final
@@ -83,8 +84,12 @@ class Source:
         if name not in self.tensors:
             raise CheckpointError(f"{self.name} has no tensor {name!r}; it has {some(list(self.tensors), 3)}")
         if self._shards is None or self._stored is None:
-            return self.model().state_dict()[name]
+            return self._state[name]
         return self._shards.tensor(self._stored[name])
+
+    @cached_property
+    def _state(self) -> Mapping[str, torch.Tensor]:
+        return self.model().state_dict()  # once: asking for it takes longer than copying a small tensor
 
     def model(self) -> PreTrainedModel:
         """The live model, in evaluation mode on CPU, loaded by Transformers once and kept.
