@@ -1,4 +1,4 @@
-"""Model types of every kind that Transformers has: proven as docs/architectures.md says, and stock when it is made smaller.
+"""Model types of every kind: proven as docs/architectures.md says, and stock when they are made smaller.
 
 The sources are the miniatures on which the types are proven, with random weights; what is proven of the full size is
 taken for them too, so that nothing is proven twice.
