@@ -21,7 +21,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import PlanError
+
+Weight = float | list[float]
+"""A loss's weight; of a pair, the weight at the start of the run and that at its end, moving evenly."""
+
+
+def forward_kl_alone() -> dict[str, Weight]:
+    """What distils where nothing else is asked for."""
+    return {"forward_kl": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +78,13 @@ class TrainConfig:
 
     # Distillation.
     teacher: str | None = None  # folder or Hub id of a model with the same vocabulary
-    kd_weight: float = 0.5  # w in loss = (1 - w) x cross-entropy + w x forward KL; 0 loads no teacher
+    kd_weight: Weight = 0.5  # w in loss = (1 - w) x cross-entropy + w x kd_losses; 0 loads no teacher
+    kd_losses: dict[str, Weight] = field(default_factory=forward_kl_alone)  # losses and their weights
     kd_temperature: float = 1.0  # softens both distributions
+    kd_top_k: int | None = None  # compare the teacher's k likeliest tokens, the rest as one outcome
+    kd_top_p: float | None = None  # compare its likeliest tokens up to this probability, the rest as one
+    kd_beta: float = 0.5  # the teacher's share of the mixture in jensen_shannon
+    kd_alpha: float = 0.1  # the teacher's share of the mixture in skew_kl
 
     # What is recorded.
     eval_every: int | None = None  # steps between evaluations; by default a tenth of the run. 0 for none
@@ -81,11 +95,16 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)  # trackers: trackio, tensorboard, wandb, ...
     progress: bool = True  # show progress bars
 
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher has any weight at any time."""
+        return self.kd_weight not in (0.0, [0.0, 0.0]) and bool(self.kd_losses)
+
     def __post_init__(self) -> None:
         faults = []
         for name, hint in typing.get_type_hints(TrainConfig).items():
             value = getattr(self, name)
-            if isinstance(value, int) and not isinstance(value, bool) and hint is float:
+            if isinstance(value, int) and not isinstance(value, bool) and hint in (float, Weight):
                 object.__setattr__(self, name, float(value))
             elif not _fits(value, hint):
                 faults.append(f"{name}={value!r}; allowed: {_say(hint)}")
@@ -156,6 +175,10 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hints[one.name]) is list:
             options |= {"nargs": "+", "type": int if hints[one.name] == list[int] else str, "metavar": "X"}
+        elif get_origin(hints[one.name]) is dict:
+            options |= {"nargs": "+", "type": _named_weight, "metavar": "NAME=WEIGHT"}
+        elif hints[one.name] == Weight:
+            options |= {"type": _weight, "metavar": "FLOAT[:FLOAT]"}
         elif get_origin(hints[one.name]) is Literal:
             options["choices"] = get_args(hints[one.name])
         else:
@@ -166,8 +189,21 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
         dashed = f"--{one.name.replace('_', '-')}"
         parser.add_argument(*dict.fromkeys((dashed, f"--{one.name}")), **options)
     given = vars(parser.parse_args(arguments))
+    given |= {name: dict(value) for name, value in given.items() if get_origin(hints.get(name)) is dict}
     file = given.pop("config", None)
     return TrainConfig(**{**(load_config_file(file) if file else {}), **given})
+
+
+def _weight(text: str) -> Weight:
+    """A flag's `0.5`, or `0.9:0.1` for a weight that moves."""
+    numbers = [float(part) for part in text.split(":")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _named_weight(text: str) -> tuple[str, Weight]:
+    """A flag's `forward_kl=0.5`."""
+    name, _, weight = text.partition("=")
+    return name, _weight(weight or "1")
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,6 +221,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(part, one) for item in value.items() for part, one in zip(item, get_args(hint), strict=True)
+        )
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in get_args(hint))
     if hint is float:
@@ -201,6 +241,8 @@ def _say(hint: Any) -> str:
         return ", ".join(map(str, get_args(hint)))
     if origin is list:
         return f"a list of {_say(get_args(hint)[0])}s"
+    if origin is dict:
+        return f"a mapping to {_say(get_args(hint)[1])}"
     if origin in (Union, types.UnionType):
         return " or ".join(_say(one) for one in get_args(hint))
     names = {float: "number", int: "whole number", str: "text", bool: "true or false", type(None): "nothing"}
@@ -236,12 +278,34 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     for name in ("learning_rate", "kd_temperature", "adam_epsilon"):
         if not 0 < getattr(config, name) < float("inf"):
             yield f"{name}={getattr(config, name)}; above 0"
-    for name in ("kd_weight", "min_lr_ratio"):
-        if not 0 <= getattr(config, name) <= 1:
-            yield f"{name}={getattr(config, name)}; from 0 to 1"
+    if not 0 <= config.min_lr_ratio <= 1:
+        yield f"min_lr_ratio={config.min_lr_ratio}; from 0 to 1"
+    yield from _out_of_range_kd(config)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             yield f"{name}={getattr(config, name)}; from 0 to below 1"
+
+
+def _out_of_range_kd(config: TrainConfig) -> typing.Iterator[str]:
+    losses = {**LOSSES, **STATE_LOSSES}
+    for name, weight in {"kd_weight": config.kd_weight, **config.kd_losses}.items():
+        pair = weight if isinstance(weight, list) else [weight, weight]
+        if name != "kd_weight" and name not in losses:
+            near = difflib.get_close_matches(name, losses, n=1)
+            yield f"kd_losses has {name!r}{f', meaning {near[0]!r}?' if near else ''}; allowed: {', '.join(losses)}"
+        elif len(pair) != 2 or not all(
+            0 <= one <= (1 if name == "kd_weight" else float("inf")) for one in pair
+        ):
+            yield f"{name}={weight}; {'from 0 to 1' if name == 'kd_weight' else 'not below 0'}, or a pair of such"
+    if config.kd_top_k is not None and config.kd_top_k < 1:
+        yield f"kd_top_k={config.kd_top_k}; at least 1"
+    if config.kd_top_p is not None and not 0 < config.kd_top_p <= 1:
+        yield f"kd_top_p={config.kd_top_p}; above 0, up to 1"
+    for name in ("kd_beta", "kd_alpha"):
+        if not 0 < getattr(config, name) < 1:
+            yield f"{name}={getattr(config, name)}; between 0 and 1"
+    if "logit_mse" in config.kd_losses and (config.kd_top_k or config.kd_top_p):
+        yield "logit_mse compares all logits; leave out kd_top_k and kd_top_p"
 
 
 def _field_comments() -> dict[str, str]:

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from transformers.utils import cached_file
 
 from hf_ws.distill.teacher import check_vocabulary, load_causal_lm, load_teacher, load_tokenizer
 from hf_ws.errors import CheckpointError, DataError, DistillationError, HfWsError, PlanError
+from hf_ws.hub import PLAN_FILE
+from hf_ws.plan import Plan
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Document, Packed, check_ids, load_text, pack, split_held_out, text_files
 
@@ -37,6 +40,8 @@ class Job:
     blocks: datasets.Dataset
     held_out: datasets.Dataset | None
     bytes_per_token: float | None
+    plan: Plan | None = None
+    """How the student was made, where that is known."""
 
     def fingerprints(self) -> dict[str, Any]:
         """What besides the settings decides what is learned."""
@@ -79,7 +84,7 @@ def prepare(
         raise PlanError("no model to train: set model= to a folder or Hub id, or give a live one")
     tokenizer = tokenizer or (load_tokenizer(config.model) if config.model else None)
     student = model.config if model is not None else _read_config(str(config.model))
-    teacher = (config.teacher if teacher is None else teacher) if config.kd_weight > 0 else None
+    teacher = (config.teacher if teacher is None else teacher) if config.distils else None
     if teacher is not None:
         _check_teacher(teacher, model, student, tokenizer)
     if train_blocks is None:
@@ -114,6 +119,7 @@ def prepare(
         blocks=blocks,
         held_out=held_out,
         bytes_per_token=bytes_per_token,
+        plan=plan_of(loaded, config.model if model is None else None),
     )
 
 
@@ -131,6 +137,19 @@ def print_of_model(model: PreTrainedModel) -> str:
         some = parameter.detach().flatten()[:8].float().cpu().numpy()
         seen.update(f"{name} {tuple(parameter.shape)}".encode() + some.tobytes())
     return f"{type(model).__name__}, {seen.hexdigest()[:16]}"
+
+
+def plan_of(model: PreTrainedModel, source: str | Path | None) -> Plan | None:
+    """The plan that a model was made by: its own, or the one in its folder or repository."""
+    if isinstance(plan := getattr(model, "hf_ws_plan", None), Plan):
+        return plan
+    if source is None:
+        return None
+    file = cached_file(
+        str(source), PLAN_FILE, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if file is None else Plan.load(file)
 
 
 def _read_config(source: str) -> PreTrainedConfig:

@@ -23,12 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import ProgressCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws.distill import forward_kl
 from hf_ws.distill.teacher import load_causal_lm
 from hf_ws.errors import PlanError
 from hf_ws.store import new_folder
@@ -37,6 +35,7 @@ from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
+from hf_ws.training.objective import Objective
 
 if TYPE_CHECKING:
     import datasets
@@ -152,12 +151,18 @@ def _train(job: Job, folder: Path | None) -> History:
 
 
 class _Trainer(Trainer):
-    """Transformers' Trainer with a teacher's loss beside the model's own, and more in each log."""
+    """Transformers' Trainer with our objective, and more in each log."""
 
     def __init__(self, *, job: Job, **options: Any) -> None:
         super().__init__(**options)
         self.job = job
-        self.teacher = None if job.teacher is None else job.teacher.to(self.args.device)
+        if job.teacher is not None:
+            job.teacher.to(self.args.device)
+        batch = {name: value[:1].to(self.args.device) for name, value in job.blocks[:1].items()}
+        self.objective = Objective(job.config, job.model, job.teacher, job.plan, batch=batch)
+        self.model_accepts_loss_kwargs = (
+            True  # the objective takes the count of labels, so nothing is divided again
+        )
         self._parts: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -168,27 +173,18 @@ class _Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """(1 - w) x the model's own loss + w x KL from the teacher; in evaluation, the former alone."""
-        if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        own, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        kd = forward_kl(
-            outputs.logits,
-            taught,
-            pad(inputs["labels"][:, 1:], (0, 1), value=-100),  # position t predicts token t + 1
-            temperature=self.job.config.kd_temperature,
-            num_items_in_batch=items,
-        )
-        if items is not None and self.args.average_tokens_across_devices:
-            # `items` counts the tokens of all processes, whose gradients are then averaged and not summed.
-            kd = kd * self.accelerator.num_processes
-        loss = (1 - self.job.config.kd_weight) * own + self.job.config.kd_weight * kd
-        shares = 1 if items is not None else self.args.gradient_accumulation_steps
-        for name, part in (("ce_loss", own), ("kd_loss", kd)):
-            self._parts[name] = self._parts.get(name, 0) + part.detach() / shares
+        """What the objective makes of the batch; in evaluation, cross-entropy alone."""
+        if not model.training:
+            loss, _, outputs = self.objective(model, inputs)
+            return (loss, outputs) if return_outputs else loss
+        progress = self.state.global_step / self.state.max_steps
+        loss, parts, outputs = self.objective(model, inputs, progress=progress, items=num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count is of the tokens of all processes, whose gradients are then averaged and not summed.
+            loss = loss * self.accelerator.num_processes
+            parts = {name: part * self.accelerator.num_processes for name, part in parts.items()}
+        for name, part in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + part.detach()
         self._batches += 1
         return (loss, outputs) if return_outputs else loss
 
