@@ -199,7 +199,7 @@ def test_states_are_compared_as_the_plan_says(name: str) -> None:
     one = replace(pairs, layers=pairs.layers[:1])
     objective = Objective(config, student, teacher, plan, batch=given)
     objective.pairs = one
-    assert objective(student, given, progress=0.0)[1]["kd_loss"] == pytest.approx(
+    assert objective(student, given, progress=0.0)[1]["kd_loss"].item() == pytest.approx(
         float(expected[0]), rel=1e-5
     )
     loss.backward()
@@ -240,7 +240,7 @@ def test_relations_of_attention_need_no_widths_to_agree() -> None:
         parts = states.view(3, 9, 8, -1).permute(0, 2, 1, 3).double()
         tables.append((parts @ parts.mT / parts.shape[-1] ** 0.5).softmax(-1))
     q, p = tables
-    assert float(loss) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert loss.item() == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
 
 
 def test_states_of_models_that_do_not_correspond_are_refused() -> None:
