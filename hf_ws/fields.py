@@ -60,6 +60,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "blocks_per_stage",
         "layers",
         "resampler_depth",
+        "conf_num_hidden_layers",
     ),
     HEADS: (
         "num_attention_heads",
@@ -68,6 +69,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "num_heads",
         "attention_heads",
         "num_attention_heads_per_stage",
+        "conf_num_attention_heads",
         "resampler_n_heads",
     ),
     KV_HEADS: ("num_key_value_heads", "num_kv_heads", "n_groups"),
@@ -162,6 +164,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """How config classes spell each axis. Of several names in one config the first counts; the others follow it."""
 
+BY_MODALITY = frozenset({("ernie4_5_vl_moe_text", "moe_intermediate_size")})
+"""Lists with an entry for words and one for patches, in every layer: however many layers there are."""
+
 SIZE_FIELDS = frozenset(name for names in FIELDS.values() for name in names)
 
 
@@ -174,6 +179,7 @@ def _falcon_kv_heads(config: Config) -> int:
 SINES: dict[str, tuple[str, str]] = {
     "parakeet_encoder": ("relative_k_proj.weight", "(waves 2)"),
     "nemotron_asr_streaming_encoder": ("relative_k_proj.weight", "(waves 2)"),
+    "gemma3n_audio": ("pos_proj.weight", "(2 waves)"),
     "gemma4_audio": ("relative_k_proj.weight", "(2 waves)"),
     "wav2vec2-conformer": ("linear_pos.weight", "(waves 2)"),
     "fastspeech2_conformer": ("linear_pos.weight", "(waves 2)"),

@@ -30,10 +30,14 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any]] = {
     ("xlstm", "embedding_dim"): "hidden_size",
     ("xlstm", "num_blocks"): "num_hidden_layers",
     ("mimi", "upsample_groups"): "hidden_size",
+    ("mimi_decoder", "upsample_groups"): "hidden_size",
     ("pocket_tts_audio_tokenizer", "upsample_groups"): "hidden_size",
     ("encodec", "codebook_dim"): "hidden_size",
     ("nemotron3_5_transcribe_asr_audio", "num_key_value_heads"): "num_attention_heads",
+    ("nemotron3_5_transcribe_word_timestamp", "num_key_value_heads"): "num_attention_heads",
     ("nemotron3_diarization_audio", "num_key_value_heads"): "num_attention_heads",
+    ("gradium_phonon_tts", "num_key_value_heads"): "num_attention_heads",  # its file format has no groups
+    ("musicflamingo", "head_dim"): "audio_config.hidden_size",
     ("moonshine_streaming", "num_key_value_heads"): "num_attention_heads",
     ("granite_speech5_ctc", "vocab_size"): "encoder_config.vocab_size",
     ("moonshine", "encoder_num_key_value_heads"): "encoder_num_attention_heads",
@@ -88,6 +92,7 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any]] = {
         for family in ("siglip", "siglip2")
     },
     ("pocket_tts_audio_tokenizer_decoder", "upsample_groups"): "hidden_size",
+    ("pix2struct", "vision_config.hidden_size"): "text_config.hidden_size",
     **{
         (family, "vision_config.num_pos_feats"): lambda v: v["output_channels"] // 2
         for family in ("sam", "sam_hq")

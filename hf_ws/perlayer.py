@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from hf_ws.fields import BY_MODALITY
+
 
 def follow_layers(
     values: dict[str, Any], kept: Sequence[int], layers: int, sizes: Collection[str] = ()
@@ -20,6 +22,8 @@ def follow_layers(
             continue
         if _counts_layers(name, value, layers):  # which layers are of a kind
             values[name] = [j for j, i in enumerate(kept) if i in value]
+        elif (values.get("model_type"), name) in BY_MODALITY:
+            continue
         elif len(value) == layers and (_tells_layers(name) or name in sizes):
             values[name] = [value[i] for i in kept]
     if values.get("out_indices") and len(values.get("stage_names", ())) == layers + 1:
@@ -63,8 +67,8 @@ TRAILING = {"num_kv_shared_layers"}
 """Fields that say how many layers, from the last on, are of a kind."""
 
 
-LEVELS = {"encode_proj_layers"}
-"""Fields that number levels of features, whatever they are called."""
+LEVELS = {"encode_proj_layers", "target_layer_ids"}
+"""Fields that number levels of features, or layers of another model, whatever they are called."""
 
 
 def _tells_layers(name: str) -> bool:

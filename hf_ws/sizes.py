@@ -33,7 +33,7 @@ from hf_ws.axes import (
     kind_of,
     sibling,
 )
-from hf_ws.fields import DERIVED, FIELDS, MIXERS, PARTS, SIZE_FIELDS
+from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, MIXERS, PARTS, SIZE_FIELDS
 from hf_ws.followers import FOLLOWERS
 from hf_ws.perlayer import follow_layers
 
@@ -141,7 +141,7 @@ def _own_places(
             if isinstance(value, list | tuple):
                 if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
                     continue
-                if axis != LAYERS and len(value) == layers:
+                if axis != LAYERS and len(value) == layers and (node.model_type, name) not in BY_MODALITY:
                     _by_value(found, axis, node, [(v, Place(path, name, i)) for i, v in enumerate(value)])
                 else:
                     for i in range(len(value)):

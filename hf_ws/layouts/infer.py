@@ -38,7 +38,8 @@ from hf_ws.layouts.miniature import apart, build_on_meta, miniatures
 from hf_ws.sizes import field_of, layer_axes, resize, sizes_of
 
 _OUTPUT = re.compile(
-    r"o_proj|out_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|projection|output_proj|projection_layer"
+    r"o_proj|out_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|projection|output_proj|"
+    r"projection_layer"
 )
 _TABLE = re.compile(r"token|quer(y|ies)$|latents?$|probe|embed|position|bias|table")
 
@@ -291,7 +292,7 @@ def _is_inner(module: nn.Module, whole: str, name: str, reads: bool) -> bool:
     path = name.split(".")
     if not ATTENTION.search(".".join([*path[:-1], whole]).lower()):
         return False
-    leaf = next(part for part in reversed(path[:-1]) if not part.isdigit())
+    leaf = next(part for part in reversed(path[:-1]) if not part.isdigit() and part != "linear")  # what that clips
     if leaf in (
         "sr",
         "sequence_reduction",

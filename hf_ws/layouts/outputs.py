@@ -28,14 +28,22 @@ def renumbered(given: Mapping[str, Tensor], maps: Maps, sizes: Mapping[str, int]
         if name.endswith("_ids")
     }
     for name, tensor in given.items():
-        if name.endswith(("embeds", "hidden_states")):
-            axis = next(
-                (axis for axis in maps if kind_of(axis) == HIDDEN and tensor.shape[-1] == sizes[axis]), None
-            )
-            made[name] = tensor if axis is None else tensor[..., torch.from_numpy(maps[axis])]
+        if name.endswith(("embeds", "hidden_states", "latents")):
+            made[name] = _states(tensor, maps, sizes)
         elif (axis := _vocabulary(name, about, tables)) in maps and int(tensor.max()) < sizes[axis]:
             made[name] = torch.from_numpy(np.argsort(maps[axis]))[tensor]
     return made
+
+
+def _states(tensor: Tensor, maps: Maps, sizes: Mapping[str, int]) -> Tensor:
+    """States with their channels as they now are, last or first in a step, of one layer or several side by side."""
+    for at in (-1, 1):
+        for axis in (axis for axis in maps if kind_of(axis) == HIDDEN):
+            layers, rest = divmod(tensor.shape[at], sizes[axis])
+            if not rest and layers:
+                index = np.arange(layers)[:, None] * sizes[axis] + maps[axis]
+                return tensor.index_select(at, torch.from_numpy(index.ravel()))
+    return tensor
 
 
 def _vocabulary(name: str, about: Mapping[str, str], tables: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ Inputs = Callable[[PreTrainedModel], Mapping[str, Tensor]]
 
 FIELDS: Mapping[str, Mapping[str, Any]] = text.FIELDS | vision.FIELDS | audio.FIELDS | multimodal.FIELDS
 INPUTS: Mapping[str, Inputs] = text.INPUTS | vision.INPUTS | audio.INPUTS | multimodal.INPUTS
-TIGHT: Mapping[str, int] = text.TIGHT
+TIGHT: Mapping[str, int] = text.TIGHT | multimodal.TIGHT
 """How tight a miniature is at least, where a class notices only when it runs: see `miniature.TIGHTER`."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = multimodal.DEFAULTS
 """What the config of a type is made with where nothing at all gives one that its own class accepts."""

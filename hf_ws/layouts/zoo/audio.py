@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ws.layouts.zoo.draw import Each, Open, floats, ids
-from hf_ws.layouts.zoo.media import media_and_text
+from hf_ws.layouts.zoo.media import media_and_text, words
 
 _WAVE = (
     "data2vec-audio",
@@ -25,7 +25,7 @@ _WAVE = (
 )
 _GROUPED = {"num_conv_pos_embedding_groups": 8}  # divides every hidden size of a miniature
 _CODEC = {"num_filters": 4}
-_FORECAST = {"prediction_length": Open(6), "context_length": 12}
+_FORECAST = {"prediction_length": Open(6), "context_length": Open(12)}
 _BLOCKS = {"hidden_size": Each(96, 160), "num_attention_heads": Each(6, 10), "num_key_value_heads": Each(6, 10),
            "head_dim": 16, "encoder_hidden_size": 4}  # fmt: skip # the norm has 32 groups
 _NO_VOCABULARY = {"vocab_size": Open(53)}
@@ -34,7 +34,7 @@ ATTENTION = {"nemotron_asr_streaming_encoder": "sdpa"}  # it takes the eager mas
 
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys((*_WAVE, "wavlm", "speecht5"), _GROUPED),
-    **dict.fromkeys(("encodec", "mimi", "pocket_tts_audio_tokenizer", "mimi_encoder"), _CODEC),
+    **dict.fromkeys(("encodec", "mimi", "pocket_tts_audio_tokenizer", "mimi_encoder", "mimi_decoder"), _CODEC),
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
     **dict.fromkeys(("neucodec", "xcodec2"), _BLOCKS),
     "fun_asr_nano": {"text_config.hidden_size": Each(144, 176), "adaptor_config.num_attention_heads": 8},
@@ -43,6 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "kyutai_speech_to_text": {"codebook_vocab_size": 29},
     "voxtral_realtime_text": {"hidden_size": Each(144, 176)},  # even
     "voxtral": {"audio_token_id": 5},
+    "moss_transcribe_diarize_audio": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "voxtral_encoder": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "audio-spectrogram-transformer": {"max_length": 36},
     "dac": {"encoder_hidden_size": 8, "decoder_hidden_size": Each(96, 160)},
@@ -50,9 +51,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "granite_speech5_encoder": {"context_size": 12},
     "wav2vec2-bert": _NO_VOCABULARY,
     "wav2vec2-conformer": _GROUPED | _NO_VOCABULARY,
-    "vibevoice_acoustic_tokenizer": {"num_filters": 2},
-    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
-    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
+    **dict.fromkeys(  # noise would be drawn for the first channel, whichever that is
+        (
+            "vibevoice_acoustic_tokenizer",
+            "vibevoice_acoustic_tokenizer_encoder",
+            "vibevoice_acoustic_tokenizer_decoder",
+        ),
+        {"num_filters": 2, "vae_std": 0.0},
+    ),
 }
 
 Shape = Callable[[Any], tuple[int, ...]]
@@ -108,6 +114,11 @@ def _history(model: PreTrainedModel) -> Mapping[str, Tensor]:
         "future_time_features": floats(2, c.prediction_length, features, seed=2),
         "static_real_features": floats(2, c.num_static_real_features, seed=3),
     }
+
+
+def _one_history(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Autoformer gives the delays of one series to the heads of another: it does not bear two."""
+    return {name: tensor[:1] for name, tensor in _history(model).items()}
 
 
 def _series(config: Any) -> tuple[int, ...]:
@@ -188,6 +199,40 @@ def _frames_in_text(model: PreTrainedModel) -> Mapping[str, Tensor]:
     return media_and_text(model, input_features=sound, input_features_mask=torch.ones(2, 9, dtype=torch.long))
 
 
+def _windows_of_recordings(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Moss: a window of each recording, and how long that was."""
+    part = model.config.audio_config
+    sound = floats(2, part.num_mel_bins, 2 * part.max_source_positions)
+    mask = torch.ones(2, sound.shape[-1], dtype=torch.long)
+    return media_and_text(model, input_features=sound, input_features_mask=mask, padding_mask=mask)
+
+
+def _timed(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Music Flamingo tells from the places in the text when each window of sound was heard."""
+    part = model.config.audio_config
+    sound = floats(2, part.num_mel_bins, 2 * part.max_source_positions)
+    mask = torch.ones(2, sound.shape[-1], dtype=torch.long)
+    text = words(model.config, [(model.config.audio_token_id, part.max_source_positions // 2)])
+    return {"input_ids": text, "input_features": sound, "input_features_mask": mask}
+
+
+def _drafted(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Muse Glimmer's assistant: noise to be made words, and what the large model has in some of its layers."""
+    c = model.config
+    context = floats(2, 7, c.hidden_size * len(c.target_layer_ids), seed=2)
+    return {"noise_embeds": floats(2, 5, c.hidden_size), "context_hidden_states": context}
+
+
+def _masked_mel(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Gemma 3n's mask is true where there is nothing."""
+    return {"audio_mel": floats(2, 48, model.config.input_feat_size), "audio_mel_mask": torch.zeros(2, 48, dtype=torch.bool)}
+
+
+def _states(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """What an encoder has made of sound."""
+    return {"inputs_embeds": floats(2, 9, model.config.hidden_size)}
+
+
 def _pairs(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """Perception Encoder: two texts and two sounds."""
     return {"input_ids": ids(model.config.text_config.vocab_size), "input_values": floats(2, 1, 5760)}
@@ -218,9 +263,16 @@ def _heard_and_written(model: PreTrainedModel) -> Mapping[str, Tensor]:
 INPUTS: dict[str, Inputs] = {
     **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), _speech_or_text),
     **dict.fromkeys(("vibevoice", "vibevoice_asr"), _waves_in_text),
-    **dict.fromkeys(("pocket_tts_audio_tokenizer_decoder", "vibevoice_acoustic_tokenizer_decoder"), _latents),
+    **dict.fromkeys(("mimi_decoder", "pocket_tts_audio_tokenizer_decoder", "vibevoice_acoustic_tokenizer_decoder"), _latents),
     "dia": _dialogue,
     "fun_asr_nano": _frames_in_text,
+    "gemma3n_audio": _masked_mel,
+    "moss_transcribe_diarize": _windows_of_recordings,
+    "muse_glimmer_assistant": _drafted,
+    "musicflamingo": _timed,
+    "nemotron3_5_transcribe_audio": _heard(lambda c: (160, c.asr_config.num_mel_bins)),
+    "nemotron3_5_transcribe_word_timestamp": _states,
+    "nemotron3_diarization": _heard(lambda c: (160, c.audio_config.num_mel_bins)),
     "pe_audio": _pairs,
     "vibevoice_acoustic_tokenizer_encoder": _heard(lambda c: (1, 6400), "hidden_states"),
     "xcodec": _heard(lambda c: (1, 3200), "input_values"),
@@ -274,7 +326,8 @@ INPUTS: dict[str, Inputs] = {
         ("nemotron_asr_streaming", "nemotron_asr_streaming_encoder", "nemotron3_5_asr"),
         _heard(_frames, mask="attention_mask"),
     ),
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _history),
+    **dict.fromkeys(("informer", "time_series_transformer"), _history),
+    "autoformer": _one_history,
     **dict.fromkeys(("patchtst", "patchtsmixer"), _heard(_series, "past_values")),
     **dict.fromkeys(("timesfm", "timesfm2_5"), _patches),
     **dict.fromkeys(("neucodec", "xcodec2"), _sound_and_frames),

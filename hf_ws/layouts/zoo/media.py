@@ -67,9 +67,10 @@ def placeholder(config: PreTrainedConfig, kind: str) -> int | None:
 
 def count(getter: Any, made: Mapping[str, Tensor]) -> int:
     """How many features a tower gives for these inputs."""
-    known = inspect.signature(inspect.unwrap(getter)).parameters.keys()
-    if not known & made.keys():  # it hands on whatever it is given
-        return count(getattr(getter.__self__.model, getter.__name__), made)
+    inner = getattr(getattr(getter.__self__, "model", None), getter.__name__, None)
+    if inner is not None:  # a class with a head hands on whatever it is given
+        return count(inner, made)
+    known = _known(getter)
     with torch.no_grad():
         features = getter(**{name: value for name, value in made.items() if name in known})
     found = getattr(features, "pooler_output", features)

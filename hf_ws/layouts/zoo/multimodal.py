@@ -135,6 +135,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_global_layers": 2,
         "vision_output_dim": Each(432, 720),  # the last layer's hidden size and those of the two in between
     },
+    "molmo2_vision": {"num_position_embeddings": 16},
     "molmo2_adapter": {"vision_feature_layer": [2, 1]},
     "neomme": {"head_dim": Each(16, 32)},  # a quarter of it rotates in pairs of pairs
     "ovis2": {"visual_indicator_token_ids": [6, 7, 8, 9, 10]},
@@ -154,6 +155,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "tvp": {"max_img_size": 64, "visual_prompt_size": 8},
     "vipllava": {"vision_feature_layers": [-2, -3, -1, 2, 1]},
 }
+
+
+TIGHT = dict.fromkeys(("pix2struct_text_model", "pix2struct_vision_model"), 1)
 
 
 def _patches(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -260,6 +264,44 @@ def _several(model: PreTrainedModel) -> dict[str, Tensor]:
     return made | {"image_attention_mask": torch.ones(*made["input_ids"].shape, 1, dtype=torch.long)}
 
 
+def _pooled(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Molmo 2: which four patches make a word, for an image and for no tiles of it."""
+    node = model.config.vision_config
+    pixels = noise(2, 1, 16, 3 * node.patch_size**2)
+    corners = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+    return media_and_text(
+        model,
+        pixel_values=pixels,
+        image_token_pooling=torch.cat([corners, 16 + corners]),
+        image_grids=torch.tensor([[2, 2, 0, 0]] * 2),
+        image_num_crops=torch.ones(2, dtype=torch.long),
+    )
+
+
+def _rows_and_columns(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Pix2Struct's patches say first in which row and column they stand."""
+    node = model.config.vision_config
+    at = torch.stack([torch.arange(9) // 3 + 1, torch.arange(9) % 3 + 1], dim=-1).repeat(2, 1, 1)
+    made = torch.cat([at.double(), noise(2, 9, node.patch_embed_hidden_size)], dim=-1)
+    return {"flattened_patches": made, "decoder_input_ids": words(model.config, [])}
+
+
+def _tiles_of_pages(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Granite Docling: one tile of each page, none of it padding."""
+    side = model.config.vision_config.image_size
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    return media_and_text(model, pixel_values=noise(2, 1, 3, side, side), pixel_attention_mask=mask)
+
+
+def _captioned(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A vision encoder and a text decoder, each of its own family."""
+    node = model.config.encoder
+    return {
+        "pixel_values": noise(2, node.num_channels, node.image_size, node.image_size),
+        "decoder_input_ids": words(model.config, []),
+    }
+
+
 def _boxed(model: PreTrainedModel) -> dict[str, Tensor]:
     """UDOP: where each word stands in the picture, between zero and one."""
     side, text = model.config.image_size, words(model.config, [])
@@ -348,4 +390,8 @@ INPUTS: dict[str, Callable[[PreTrainedModel], Mapping[str, Tensor]]] = {
     "layoutlmv3": _page,
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), _one_row),
     "mllama": _tiled,
+    "molmo2": _pooled,
+    "pix2struct": _rows_and_columns,
+    "granite_docling": _tiles_of_pages,
+    "vision-encoder-decoder": _captioned,
 }
