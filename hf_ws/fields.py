@@ -184,9 +184,10 @@ SINES: dict[str, tuple[str, str]] = {
     "wav2vec2-conformer": ("linear_pos.weight", "(waves 2)"),
     "fastspeech2_conformer": ("linear_pos.weight", "(waves 2)"),
     "seamless_m4t": ("linear_pos.weight", "(waves 2)"),
+    "voxtral_realtime_text": ("ada_rms_norm.linear1.weight", "(2 waves)"),
     "xlnet": ("rel_attn.r", "(2 waves)"),
 }
-"""What reads the sines and cosines of a relative position, and how these lie: by pairs, or first all sines.
+"""What reads the sines and cosines of a relative position, or of a delay, and how these lie: by pairs, or first all sines.
 
 A wave's frequency goes by its number, so its order is no symmetry; a target with fewer takes every second, or so.
 """
@@ -222,6 +223,12 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     "resnet": _of_stages(lambda config, width: width // 4),
     **{family: {WAVES: lambda config: config.hidden_size // 2} for family in SINES},
     "bloom": {FFN: lambda config: 4 * config.hidden_size},
+    "fun_asr_nano": {
+        "adaptor_config.ffn": lambda config: config.adaptor_config.intermediate_size,
+        "adaptor_config.head_dim": lambda config: (
+            config.adaptor_config.hidden_size // config.adaptor_config.num_attention_heads
+        ),
+    },
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},
     "zamba": {

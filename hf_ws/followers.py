@@ -49,6 +49,7 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any]] = {
     ("dia", "decoder_config.cross_hidden_size"): "encoder_config.hidden_size",
     ("fun_asr_nano", "adaptor_config.hidden_size"): "text_config.hidden_size",
     ("fun_asr_nano", "adaptor_config.intermediate_size"): lambda v: v["hidden_size"] // 4,
+    ("vibevoice", "diffusion_head_config.hidden_size"): "text_config.hidden_size",
     ("voxtral", "audio_config.intermediate_size"): lambda v: 4 * v["hidden_size"],
     ("canary", "vocab_size"): "decoder_config.vocab_size",
     ("qwen3_asr", "audio_config.output_dim"): "text_config.hidden_size",

@@ -63,7 +63,7 @@ def _spread(indices: Sequence[int], layers: int, kept: int) -> list[int]:
 LEADING = {"first_k_dense_replace", "max_window_layers", "num_hash_layers", "num_dense_layers"}
 """Fields that say how many layers, from the first on, are of a kind."""
 
-TRAILING = {"num_kv_shared_layers"}
+TRAILING = {"num_kv_shared_layers", "num_timestamp_prediction_layers"}
 """Fields that say how many layers, from the last on, are of a kind."""
 
 

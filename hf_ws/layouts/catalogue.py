@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
+from types import ModuleType
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -81,10 +83,8 @@ def types(kind: str | None = None) -> dict[str, str]:
 def default_of(name: str, class_name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """A type's class and default config. Raises UnsupportedArchitectureError where there is none here."""
     try:
-        found, config = (
-            getattr(transformers, class_name),
-            _completed(CONFIG_MAPPING[name](**zoo.DEFAULTS.get(name, {}))),
-        )
+        config = _completed(CONFIG_MAPPING[name](**zoo.DEFAULTS.get(name, {})))
+        found = getattr(transformers, class_name, None) or getattr(_modeling(config), class_name)
         if not isinstance(config, found.config_class):  # a text class listed under the name of the whole
             config = next((node for _, node in nodes(config) if isinstance(node, found.config_class)), config)
         return found, config
@@ -95,6 +95,11 @@ def default_of(name: str, class_name: str) -> tuple[type[PreTrainedModel], PreTr
             f"{class_name}: its default config cannot be made here: {type(error).__name__}: "
             f"{' '.join(str(error).split())}"
         ) from error
+
+
+def _modeling(config: PreTrainedConfig) -> ModuleType:
+    """Where the model classes of a config are: not all are among Transformers' own names."""
+    return import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
 
 
 def _completed(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -56,7 +56,7 @@ SUMS = (
 ACROSS = ("(hidden + shape.embedding + pronunciation.embedding)",)
 """The same with axes of several stacks, each by its full name."""
 
-MORE = 20
+MORE = 50
 """How many rows a table may have after one for each token, or a router after one for each expert, in a miniature."""
 
 

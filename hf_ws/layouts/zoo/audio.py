@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ws.layouts.zoo.draw import Each, Open, floats, ids
+from hf_ws.layouts.zoo.draw import RESERVED, Each, Open, floats, ids
 from hf_ws.layouts.zoo.media import media_and_text, words
 
 _WAVE = (
@@ -37,17 +37,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("encodec", "mimi", "pocket_tts_audio_tokenizer", "mimi_encoder", "mimi_decoder"), _CODEC),
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
     **dict.fromkeys(("neucodec", "xcodec2"), _BLOCKS),
-    "fun_asr_nano": {"text_config.hidden_size": Each(144, 176), "adaptor_config.num_attention_heads": 8},
+    "fun_asr_nano": {"text_config.hidden_size": Each(144, 176), "adaptor_config.num_attention_heads": Each(8, 16)},
     "canary_decoder": {"num_attention_heads": Each(4, 8)},  # divides the encoder's hidden size
     "moonshine_streaming": {"num_key_value_heads": Open(8)},
-    "kyutai_speech_to_text": {"codebook_vocab_size": 29},
+    "kyutai_speech_to_text": {"codebook_vocab_size": RESERVED, "num_codebooks": 2},
     "voxtral_realtime_text": {"hidden_size": Each(144, 176)},  # even
     "voxtral": {"audio_token_id": 5},
     "moss_transcribe_diarize_audio": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "voxtral_encoder": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "audio-spectrogram-transformer": {"max_length": 36},
     "dac": {"encoder_hidden_size": 8, "decoder_hidden_size": Each(96, 160)},
-    "fun_asr_nano_encoder": {"num_timestamp_prediction_layers": 1},
     "granite_speech5_encoder": {"context_size": 12},
     "wav2vec2-bert": _NO_VOCABULARY,
     "wav2vec2-conformer": _GROUPED | _NO_VOCABULARY,
@@ -156,7 +155,9 @@ def _dialogue(model: PreTrainedModel) -> Mapping[str, Tensor]:
 
 def _text_and_codes(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """Kyutai: a word and a code of each codebook a step."""
-    return {"input_ids": ids(model.config.codebook_vocab_size, 2, 9, model.config.num_codebooks + 1)}
+    c = model.config
+    codes = ids(c.codebook_vocab_size, 2, 9, c.num_codebooks, seed=2, low=4)
+    return {"input_ids": torch.cat([ids(c.vocab_size, 2, 9, 1), codes], dim=-1)}
 
 
 def _word_by_word(model: PreTrainedModel) -> Mapping[str, Tensor]:
@@ -166,6 +167,12 @@ def _word_by_word(model: PreTrainedModel) -> Mapping[str, Tensor]:
     return {"input_ids": ids(c.text_config.vocab_size), "input_features": sound}
 
 
+def _words_after_a_delay(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Voxtral Realtime's text part: words, and the waves of how late they are."""
+    c = model.config
+    return {"input_ids": ids(c.vocab_size), "t_cond": torch.linspace(0, 3, c.hidden_size).cos()}
+
+
 def _waves_in_text(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """VibeVoice: text with places for sound of three steps."""
     part = getattr(model.config, "acoustic_tokenizer_encoder_config", None) or model.config.audio_config
@@ -173,6 +180,28 @@ def _waves_in_text(model: PreTrainedModel) -> Mapping[str, Tensor]:
     return media_and_text(
         model, input_values=sound, padding_mask=torch.ones(2, sound.shape[-1], dtype=torch.bool)
     )
+
+
+class _Noiseless:
+    """A noise scheduler that adds none: it would be drawn for the first channel, whichever that is."""
+
+    alpha_t, sigma_t = torch.zeros(1), torch.ones(1)
+
+    @staticmethod
+    def add_noise(features: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        return features
+
+
+def _waves_to_tell(model: PreTrainedModel) -> Mapping[str, Any]:
+    """VibeVoice in training, where its diffusion head sees what the words before a sound have become."""
+    made = dict(_waves_in_text(model))
+    heard = made["input_ids"] == model.config.audio_token_id
+    return made | {
+        "labels": torch.full_like(made["input_ids"], 5),
+        "acoustic_loss_mask": heard,
+        "noise_scheduler": _Noiseless(),
+        "num_diffusion_steps": 1,
+    }
 
 
 def _masked_words(model: PreTrainedModel) -> Mapping[str, Tensor]:
@@ -262,7 +291,8 @@ def _heard_and_written(model: PreTrainedModel) -> Mapping[str, Tensor]:
 
 INPUTS: dict[str, Inputs] = {
     **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), _speech_or_text),
-    **dict.fromkeys(("vibevoice", "vibevoice_asr"), _waves_in_text),
+    **dict.fromkeys(("vibevoice_asr",), _waves_in_text),
+    "vibevoice": _waves_to_tell,
     **dict.fromkeys(("mimi_decoder", "pocket_tts_audio_tokenizer_decoder", "vibevoice_acoustic_tokenizer_decoder"), _latents),
     "dia": _dialogue,
     "fun_asr_nano": _frames_in_text,
@@ -281,6 +311,7 @@ INPUTS: dict[str, Inputs] = {
     "qwen3_asr": _windows_in_text,
     "kyutai_speech_to_text": _text_and_codes,
     "speech-encoder-decoder": _heard_and_written,
+    "voxtral_realtime_text": _words_after_a_delay,
     "voxtral_realtime": _word_by_word,
     **dict.fromkeys((*_WAVE, "wavlm", "moonshine", "moonshine_streaming"), _heard(_wave, "input_values")),
     **dict.fromkeys(

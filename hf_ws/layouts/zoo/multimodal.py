@@ -135,8 +135,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_global_layers": 2,
         "vision_output_dim": Each(432, 720),  # the last layer's hidden size and those of the two in between
     },
+    "molmo2": {"image_patch_id": 5},
     "molmo2_vision": {"num_position_embeddings": 16},
-    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "neomme": {"head_dim": Each(16, 32)},  # a quarter of it rotates in pairs of pairs
     "ovis2": {"visual_indicator_token_ids": [6, 7, 8, 9, 10]},
     "perceiver": {
