@@ -135,6 +135,11 @@ def read_request(
         elif isinstance(spelled.get(name), list):
             rest |= _staged(name, value, spelled[name], sizes)
         elif isinstance(own_axis := spelled.get(name), str):
+            times = 1 if name == own_axis or own_axis not in own else places(config)[own_axis][0].times
+            if times > 1 and isinstance(value, int):
+                if value % times:
+                    raise PlanError(f"{name}={value} is no multiple of {times}: it counts gates as well")
+                value //= times
             if value is not None and sizes.setdefault(own_axis, value) != value:
                 raise PlanError(f"{own_axis} is given twice: {own_axis}={sizes[own_axis]} and {name}={value}")
         elif name in spelled:

@@ -167,6 +167,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
 BY_MODALITY = frozenset({("ernie4_5_vl_moe_text", "moe_intermediate_size")})
 """Lists with an entry for words and one for patches, in every layer: however many layers there are."""
 
+GATED = frozenset((family, "ffn_dim") for family in ("kyutai_speech_to_text", "moshi", "moshi_depth"))
+"""Fields that count the neurons of an FFN together with their gates, so twice."""
+
 SIZE_FIELDS = frozenset(name for names in FIELDS.values() for name in names)
 
 

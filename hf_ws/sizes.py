@@ -33,7 +33,7 @@ from hf_ws.axes import (
     kind_of,
     sibling,
 )
-from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, MIXERS, PARTS, SIZE_FIELDS
+from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, GATED, MIXERS, PARTS, SIZE_FIELDS
 from hf_ws.followers import FOLLOWERS
 from hf_ws.perlayer import follow_layers
 
@@ -49,13 +49,16 @@ class Place:
     """In a list with one entry per stage, or per layer."""
     layer: int | None = None
     """In the exceptions that `per_layer_config` makes for one layer."""
+    times: int = 1
+    """What stands there is so many times the size."""
 
     def read(self, config: Config) -> Any:
         """What stands there."""
         node = _node(config, self.path)
         own = vars(node) if self.layer is None else _exceptions(node)[self.layer]
         value = own[self.field] if self.field in own else getattr(node, self.field)
-        return value if self.index is None else value[self.index]
+        value = value if self.index is None else value[self.index]
+        return value if self.times == 1 or value is None else value // self.times
 
     def write(self, values: dict[str, Any], size: int) -> None:
         """Put a size there, in the dict that `to_dict` gives."""
@@ -64,7 +67,7 @@ class Place:
             layers = values["per_layer_config"]
             values = layers[next(key for key in layers if int(key) == self.layer)]
         if self.index is None:
-            values[self.field] = size
+            values[self.field] = size * self.times
         else:
             values[self.field] = [*values[self.field]]
             values[self.field][self.index] = size
@@ -147,7 +150,8 @@ def _own_places(
                     for i in range(len(value)):
                         found.setdefault(f"{axis}.{i}", []).append(Place(path, name, i))
             elif value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-                found.setdefault(axis, []).append(Place(path, name))
+                times = 2 if (node.model_type, name) in GATED else 1
+                found.setdefault(axis, []).append(Place(path, name, times=times))
         exceptions = [(at, own) for at, own in _exceptions(node).items() if own.keys() & {*names}]
         places = [(own[n], Place(path, n, None, at)) for at, own in exceptions for n in names if n in own]
         _by_value(found, axis, node, places)
