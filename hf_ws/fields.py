@@ -190,7 +190,7 @@ SINES: dict[str, tuple[str, str]] = {
     "voxtral_realtime_text": ("ada_rms_norm.linear1.weight", "(2 waves)"),
     "xlnet": ("rel_attn.r", "(2 waves)"),
 }
-"""What reads the sines and cosines of a relative position, or of a delay, and how these lie: by pairs, or first all sines.
+"""What reads the sines and cosines of a position or a delay, and how these lie: by pairs, or first all sines.
 
 A wave's frequency goes by its number, so its order is no symmetry; a target with fewer takes every second, or so.
 """

@@ -292,7 +292,9 @@ def _is_inner(module: nn.Module, whole: str, name: str, reads: bool) -> bool:
     path = name.split(".")
     if not ATTENTION.search(".".join([*path[:-1], whole]).lower()):
         return False
-    leaf = next(part for part in reversed(path[:-1]) if not part.isdigit() and part != "linear")  # what that clips
+    leaf = next(
+        part for part in reversed(path[:-1]) if not part.isdigit() and part != "linear"
+    )  # what that clips
     if leaf in (
         "sr",
         "sequence_reduction",

@@ -34,10 +34,15 @@ ATTENTION = {"nemotron_asr_streaming_encoder": "sdpa"}  # it takes the eager mas
 
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys((*_WAVE, "wavlm", "speecht5"), _GROUPED),
-    **dict.fromkeys(("encodec", "mimi", "pocket_tts_audio_tokenizer", "mimi_encoder", "mimi_decoder"), _CODEC),
+    **dict.fromkeys(
+        ("encodec", "mimi", "pocket_tts_audio_tokenizer", "mimi_encoder", "mimi_decoder"), _CODEC
+    ),
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
     **dict.fromkeys(("neucodec", "xcodec2"), _BLOCKS),
-    "fun_asr_nano": {"text_config.hidden_size": Each(144, 176), "adaptor_config.num_attention_heads": Each(8, 16)},
+    "fun_asr_nano": {
+        "text_config.hidden_size": Each(144, 176),
+        "adaptor_config.num_attention_heads": Each(8, 16),
+    },
     "canary_decoder": {"num_attention_heads": Each(4, 8)},  # divides the encoder's hidden size
     "moonshine_streaming": {"num_key_value_heads": Open(8)},
     "kyutai_speech_to_text": {"codebook_vocab_size": RESERVED, "num_codebooks": 2},
@@ -254,7 +259,10 @@ def _drafted(model: PreTrainedModel) -> Mapping[str, Tensor]:
 
 def _masked_mel(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """Gemma 3n's mask is true where there is nothing."""
-    return {"audio_mel": floats(2, 48, model.config.input_feat_size), "audio_mel_mask": torch.zeros(2, 48, dtype=torch.bool)}
+    return {
+        "audio_mel": floats(2, 48, model.config.input_feat_size),
+        "audio_mel_mask": torch.zeros(2, 48, dtype=torch.bool),
+    }
 
 
 def _states(model: PreTrainedModel) -> Mapping[str, Tensor]:
@@ -293,7 +301,10 @@ INPUTS: dict[str, Inputs] = {
     **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), _speech_or_text),
     **dict.fromkeys(("vibevoice_asr",), _waves_in_text),
     "vibevoice": _waves_to_tell,
-    **dict.fromkeys(("mimi_decoder", "pocket_tts_audio_tokenizer_decoder", "vibevoice_acoustic_tokenizer_decoder"), _latents),
+    **dict.fromkeys(
+        ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder", "vibevoice_acoustic_tokenizer_decoder"),
+        _latents,
+    ),
     "dia": _dialogue,
     "fun_asr_nano": _frames_in_text,
     "gemma3n_audio": _masked_mel,
