@@ -14,32 +14,7 @@ The same command with --resume continues a run that was interrupted.
 
 import sys
 
-from accelerate import PartialState
-
-from hf_ws.errors import HfWsError, PlanError
-from hf_ws.training import config_from_flags, train
-
-
-def main() -> int:
-    """Settings, training, and a line on what came out."""
-    try:
-        config = config_from_flags(None, __doc__)
-        if config.output is None:
-            raise PlanError("no place for the result; set output to a new folder")
-        history = train(config)
-    except HfWsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-    state = PartialState()
-    if state.is_main_process:
-        if history.evaluations:
-            first, last = history.evaluations[0][1], history.final_loss
-            print(f"held-out loss {first:.3f} -> {last:.3f} nats per token, {history.seconds:.0f} s")
-        print(f"the run is in {config.output}")
-    state.destroy_process_group()
-    return 0
-
+from hf_ws.training import recipe
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(recipe.run("clm", __doc__))

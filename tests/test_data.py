@@ -65,9 +65,9 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer) -> None:
 
 def test_ids_beyond_the_vocabulary_are_named() -> None:
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 9], [0, -1]]})
-    with pytest.raises(DataError, match=r"block 1 holds token id 9, but the model's vocabulary has 9"):
+    with pytest.raises(DataError, match=r"row 1 holds token id 9, but the model's vocabulary has 9"):
         check_ids(rows, 9)
-    with pytest.raises(DataError, match="block 2 holds token id -1"):
+    with pytest.raises(DataError, match="row 2 holds token id -1"):
         check_ids(rows, 10)
 
 

@@ -200,7 +200,7 @@ def test_states_are_compared_as_the_plan_says(name: str) -> None:
     objective = Objective(config, student, teacher, plan, batch=given)
     objective.pairs = one
     assert objective(student, given, progress=0.0)[1]["kd_loss"].item() == pytest.approx(
-        float(expected[0]), rel=1e-5
+        expected[0].item(), rel=1e-5
     )
     loss.backward()
     assert parts["kd_loss"].item() == pytest.approx(loss.item())

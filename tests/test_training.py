@@ -222,7 +222,7 @@ def test_resume_with_other_settings_or_data_is_refused(interrupted, blocks) -> N
     with pytest.raises(ResumeError, match=r"learning_rate was 0.005, is 0.1"):
         resume(interrupted, blocks, learning_rate=0.1)
     other = SimpleNamespace(train_blocks=blocks.eval_blocks, eval_blocks=None)
-    with pytest.raises(ResumeError, match=r"data was .* blocks of 16"):
+    with pytest.raises(ResumeError, match=r"data was .* rows"):
         resume(interrupted, other)
 
 

@@ -31,7 +31,7 @@ from hf_ws.errors import DataError, DivergenceError, PlanError
 from hf_ws.store import check_output
 from hf_ws.training import TrainConfig, train
 from hf_ws.training.data import Packed, load_text, pack, split_held_out
-from hf_ws.training.job import as_dataset, print_of_blocks, print_of_model
+from hf_ws.training.job import as_dataset, print_of_model, print_of_rows
 from hf_ws.training.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -229,8 +229,8 @@ class _Bench:
 
     def _data(self) -> dict[str, str]:
         return {
-            "blocks": print_of_blocks(as_dataset(self.blocks)[0]),
-            "held_out": print_of_blocks(as_dataset(self.held_out)[0]),
+            "blocks": print_of_rows(as_dataset(self.blocks)[0]),
+            "held_out": print_of_rows(as_dataset(self.held_out)[0]),
         }
 
 

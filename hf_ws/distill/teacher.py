@@ -12,20 +12,25 @@ if TYPE_CHECKING:
 
 
 def load_causal_lm(source: str | Path, dtype: Any = "auto") -> PreTrainedModel:
-    """The causal language model in a folder or at a Hub id, whole, from safetensors, running no remote code.
+    """The causal language model in a folder or at a Hub id; as `load_model`."""
+    return load_model(source, "AutoModelForCausalLM", dtype)
+
+
+def load_model(source: str | Path, auto_class: str, dtype: Any = "auto") -> PreTrainedModel:
+    """The model in a folder or at a Hub id, whole, from safetensors, running no remote code.
 
     Raises:
         CheckpointError: It cannot be read, or weights are missing or misshapen (Transformers would only warn
             and fill them at random).
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = getattr(transformers, auto_class).from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source} could not be loaded as a causal language model: {error}") from error
+        raise CheckpointError(f"{source} could not be loaded with {auto_class}: {error}") from error
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
         raise CheckpointError(
@@ -44,7 +49,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def load_teacher(teacher: str | Path | PreTrainedModel) -> PreTrainedModel:
+def load_teacher(
+    teacher: str | Path | PreTrainedModel, auto_class: str = "AutoModelForCausalLM"
+) -> PreTrainedModel:
     """The teacher in eval mode, in its own dtype. A live model is used as it is.
 
     Raises:
@@ -52,7 +59,7 @@ def load_teacher(teacher: str | Path | PreTrainedModel) -> PreTrainedModel:
     """
     if isinstance(teacher, str | Path):
         try:
-            teacher = load_causal_lm(teacher)
+            teacher = load_model(teacher, auto_class)
         except CheckpointError as error:
             raise DistillationError(f"the teacher cannot be used: {error}") from error
         teacher.requires_grad_(False)

@@ -54,6 +54,10 @@ class TrainConfig:
     dataset_split: str = "train"  # its split
     text_column: str = "text"  # the column or JSON key that holds the text
     block: int = 512  # tokens in a training sequence
+    mask_probability: float = 0.15  # tokens hidden (mlm) or cut out in spans (seq2seq), as a part of a block
+    mean_span: float = 3.0  # tokens in a span that is cut out (seq2seq)
+    source_column: str | None = None  # of pairs of texts (seq2seq), instead of text with spans cut out
+    target_column: str | None = None  # what is predicted from it
     max_eval_blocks: int = 256  # held-out sequences used at most, in whole batches; 0 for all
 
     # How long, and how much at a time.
@@ -278,6 +282,10 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     for name in ("learning_rate", "kd_temperature", "adam_epsilon"):
         if not 0 < getattr(config, name) < float("inf"):
             yield f"{name}={getattr(config, name)}; above 0"
+    if not 0 < config.mask_probability < 1:
+        yield f"mask_probability={config.mask_probability}; between 0 and 1"
+    if config.mean_span < 1:
+        yield f"mean_span={config.mean_span}; at least 1"
     if not 0 <= config.min_lr_ratio <= 1:
         yield f"min_lr_ratio={config.min_lr_ratio}; from 0 to 1"
     yield from _out_of_range_kd(config)

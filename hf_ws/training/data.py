@@ -161,7 +161,8 @@ def pack(
 
     if block < 2:
         raise DataError(f"block={block}; a block needs at least 2 tokens, one to predict the next from")
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
         raise DataError("the tokenizer has no end-of-text token; set `tokenizer.eos_token` to part the texts")
     contents = [text.text if isinstance(text, Document) else text for text in texts]
     kept = [text for text in contents if text.strip()]
@@ -176,7 +177,7 @@ def pack(
         encoded = tokenizer([one.decode() for one in raw], add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
-        pieces += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
+        pieces += [np.array([*ids, end], dtype=np.int32) for ids in encoded]
         bar.update(len(raw))
     bar.close()
     ids = np.concatenate(pieces)
@@ -209,15 +210,22 @@ def check_ids(blocks: datasets.Dataset, vocabulary: int) -> None:
     """
     row = 0
     for batch in blocks.with_format("numpy").iter(1000):
-        ids = np.asarray(batch["input_ids"])
-        wrong = (ids < 0) | (ids >= vocabulary)
-        if wrong.any():
-            at = int(wrong.any(axis=1).argmax())
-            raise DataError(
-                f"block {row + at} holds token id {ids[at][wrong[at]][0]}, but the model's vocabulary has "
-                f"{vocabulary}; tokenise with the model's own tokenizer"
-            )
-        row += len(ids)
+        for name in ("input_ids", "target"):
+            rows = [np.asarray(ids) for ids in batch.get(name, ())]  # of one length, or not
+            ids = np.concatenate(rows) if rows else np.zeros(0)
+            wrong = (ids < 0) | (ids >= vocabulary)
+            if wrong.any():
+                at = int(np.repeat(np.arange(len(rows)), [len(one) for one in rows])[wrong.argmax()])
+                raise DataError(
+                    f"row {row + at} holds token id {ids[wrong][0]}, but the model's vocabulary has "
+                    f"{vocabulary}; tokenise with the model's own tokenizer"
+                )
+        row += len(batch["input_ids"])
+
+
+def files_of(path: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files that a file, folder or glob stands for, sorted. Raises DataError if there is none."""
+    return [file for _, file in _files(path, suffixes)]
 
 
 def _files(path: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:

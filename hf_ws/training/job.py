@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers.utils import cached_file
 
-from hf_ws.distill.teacher import check_vocabulary, load_causal_lm, load_teacher, load_tokenizer
-from hf_ws.errors import CheckpointError, DataError, DistillationError, HfWsError, PlanError
+from hf_ws.distill.teacher import check_vocabulary, load_model, load_teacher, load_tokenizer
+from hf_ws.errors import CheckpointError, DataError, DistillationError, PlanError
 from hf_ws.hub import PLAN_FILE
 from hf_ws.plan import Plan
 from hf_ws.training.config import TrainConfig
-from hf_ws.training.data import Document, Packed, check_ids, load_text, pack, split_held_out, text_files
+from hf_ws.training.data import Packed, check_ids
+from hf_ws.training.records import fingerprint
+from hf_ws.training.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     import datasets
@@ -35,7 +36,9 @@ class Job:
     steps: int
     tokens_per_step: int
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Any
+    """Saved beside the model: a tokenizer, or another processor."""
+    task: Task
     teacher: PreTrainedModel | None
     blocks: datasets.Dataset
     held_out: datasets.Dataset | None
@@ -46,7 +49,8 @@ class Job:
     def fingerprints(self) -> dict[str, Any]:
         """What besides the settings decides what is learned."""
         return {
-            "data": print_of_blocks(self.blocks),
+            "task": type(self.task).__name__,
+            "data": print_of_rows(self.blocks),
             "start": print_of_model(self.model),
             "teacher": None if self.teacher is None else print_of_model(self.teacher),
             "processes": PartialState().num_processes,
@@ -59,7 +63,7 @@ class Job:
         shorter one, and the start of one batch does not depend on how many processes share it.
         """
         generator = torch.Generator().manual_seed(self.config.seed)
-        wanted = self.steps * self.tokens_per_step // len(self.blocks[0]["input_ids"])
+        wanted = self.steps * self.tokens_per_step // self.task.length(self.blocks)
         rounds = -(-wanted // len(self.blocks))
         return torch.cat([torch.randperm(len(self.blocks), generator=generator) for _ in range(rounds)])[
             :wanted
@@ -69,8 +73,9 @@ class Job:
 def prepare(
     config: TrainConfig,
     *,
+    task: str = "clm",
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     teacher: PreTrainedModel | str | Path | None = None,
     train_blocks: Packed | datasets.Dataset | Tensor | None = None,
     eval_blocks: Packed | datasets.Dataset | Tensor | None = None,
@@ -82,32 +87,31 @@ def prepare(
     """
     if model is None and config.model is None:
         raise PlanError("no model to train: set model= to a folder or Hub id, or give a live one")
-    tokenizer = tokenizer or (load_tokenizer(config.model) if config.model else None)
+    kind = TASKS[task]
+    tokenizer = tokenizer or (kind.load_processor(config.model) if config.model else None)
     student = model.config if model is not None else _read_config(str(config.model))
     teacher = (config.teacher if teacher is None else teacher) if config.distils else None
     if teacher is not None:
         _check_teacher(teacher, model, student, tokenizer)
-    if train_blocks is None:
-        train_blocks, own = _read_blocks(config, tokenizer)
-        eval_blocks = own if eval_blocks is None else eval_blocks
-    blocks, _ = as_dataset(train_blocks)
-    held_out, bytes_per_token = (None, None) if eval_blocks is None else as_dataset(eval_blocks)
+    doing = kind(config, student, tokenizer)
+    blocks, held_out, bytes_per_token = _rows(doing, train_blocks, eval_blocks)
     per_step = config.batch_size * config.grad_accum * PartialState().num_processes
     if len(blocks) < per_step:
         raise DataError(
             f"{len(blocks)} blocks came and one step takes {per_step} (batch_size x grad_accum x processes); "
             "give more text, a smaller batch or a shorter block"
         )
-    for one in (blocks, held_out):
-        if one is not None:
-            check_ids(one, student.get_text_config().vocab_size)
-    length = len(blocks[0]["input_ids"])
-    _check_positions(student, length, "the model")
+    length = doing.length(blocks)
+    if doing.unit == "tokens":
+        for one in (blocks, held_out):
+            if one is not None:
+                check_ids(one, student.get_text_config().vocab_size)
+        _check_positions(student, length, "the model")
     if held_out is not None:
         held_out = _whole_batches(held_out, config)
-    loaded = load_causal_lm(str(config.model), torch.float32) if model is None else model.float()
-    taught_by = None if teacher is None else load_teacher(teacher)
-    if taught_by is not None:
+    loaded = load_model(str(config.model), kind.auto_class, torch.float32) if model is None else model.float()
+    taught_by = None if teacher is None else load_teacher(teacher, kind.auto_class)
+    if taught_by is not None and doing.unit == "tokens":
         _check_positions(taught_by.config, length, "the teacher")
     return Job(
         config=config,
@@ -115,6 +119,7 @@ def prepare(
         tokens_per_step=per_step * length,
         model=loaded,
         tokenizer=tokenizer,
+        task=doing,
         teacher=taught_by,
         blocks=blocks,
         held_out=held_out,
@@ -123,11 +128,11 @@ def prepare(
     )
 
 
-def print_of_blocks(blocks: datasets.Dataset) -> str:
-    """A fingerprint of blocks: how many, how long, and the ids of some spread over them."""
-    step = max(1, len(blocks) // _SAMPLE)
-    some = np.asarray(blocks.with_format("numpy")[::step]["input_ids"], dtype=np.int64)
-    return f"{len(blocks)} blocks of {some.shape[1]}, {hashlib.sha256(some.tobytes()).hexdigest()[:16]}"
+def print_of_rows(rows: datasets.Dataset) -> str:
+    """A fingerprint of rows: how many, and what is in some spread over them."""
+    step = max(1, len(rows) // _SAMPLE)
+    seen = fingerprint([rows[i] for i in range(0, len(rows), step)])
+    return f"{len(rows)} rows, {seen[:16]}"
 
 
 def print_of_model(model: PreTrainedModel) -> str:
@@ -179,32 +184,17 @@ def _check_teacher(
     check_vocabulary(student, theirs, tokenizer, load_tokenizer(teacher))
 
 
-def _read_blocks(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Packed, Packed]:
-    """The training and held-out blocks of the text that the settings name."""
-    if tokenizer is None:
-        raise DataError(
-            "text came without a tokenizer; take a model folder that holds one, or give tokenizer="
-        )
-    column = config.text_column
-    documents: list[Document]
-    if config.train_files:
-        documents = text_files(config.train_files, column=column)
-    elif config.dataset:
-        documents = load_text(
-            config.dataset, split=config.dataset_split, column=column, config_name=config.dataset_config
-        )
-    else:
-        raise DataError("no text to train on; set train_files (files, folders, globs, or stdlib) or dataset")
-    if config.eval_files:
-        held_out = text_files(config.eval_files, column=column)
-    else:
-        documents, held_out = split_held_out(documents)
-    show = config.progress and PartialState().is_main_process
-    packed = pack(documents, tokenizer, config.block, progress=show)
-    try:
-        return packed, pack(held_out, tokenizer, config.block, progress=show)
-    except HfWsError as error:
-        raise DataError(f"held-out text: {error}") from error
+def _rows(
+    task: Task, train: Any, held_out: Any
+) -> tuple[datasets.Dataset, datasets.Dataset | None, float | None]:
+    """The rows to train on and those held out, given or read, and bytes per token where known."""
+    if train is None:
+        own = task.read()
+        if held_out is None:
+            return own.train, own.held_out, own.bytes_per_token
+        train = own.train
+    given = (None, None) if held_out is None else as_dataset(held_out)
+    return as_dataset(train)[0], *given
 
 
 def as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dataset, float | None]:
@@ -217,11 +207,9 @@ def as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dat
         if blocks.ndim != 2 or not len(blocks):
             raise DataError(f"token ids of shape {tuple(blocks.shape)} came; give [blocks, tokens]")
         blocks = datasets.Dataset.from_dict({"input_ids": blocks.cpu().numpy()})
-    if "input_ids" not in blocks.column_names or not len(blocks):
-        raise DataError(
-            f"a dataset of {len(blocks)} rows with {blocks.column_names} came; give blocks with `input_ids`"
-        )
-    if "labels" not in blocks.column_names:
+    if not len(blocks):
+        raise DataError("a dataset without rows came; give some")
+    if "input_ids" in blocks.column_names and not {"labels", "target"} & {*blocks.column_names}:
         blocks = blocks.add_column("labels", blocks.with_format("arrow")[:]["input_ids"])
     return blocks.with_format("torch"), None
 

@@ -1,4 +1,4 @@
-"""Train a causal language model on packed text, from a teacher too if there is one.
+"""Train a model, from a teacher too if there is one.
 
     history = train(TrainConfig(model="student", output="run", train_files=["stdlib"], steps=1000))
     history = train(TrainConfig(steps=200), model=live_model, train_blocks=blocks, eval_blocks=held_out)
@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainingArguments, default_data_collator
+from torch.utils.data import Dataset as TorchDataset
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws.distill.teacher import load_causal_lm
+from hf_ws.distill.teacher import load_model
 from hf_ws.errors import PlanError
 from hf_ws.store import new_folder
 from hf_ws.training import run_folder
@@ -39,7 +40,7 @@ from hf_ws.training.objective import Objective
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,9 @@ class History:
 def train(
     config: TrainConfig,
     *,
+    task: str = "clm",
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     teacher: PreTrainedModel | str | Path | None = None,
     train_blocks: Packed | datasets.Dataset | Tensor | None = None,
     eval_blocks: Packed | datasets.Dataset | Tensor | None = None,
@@ -91,8 +93,9 @@ def train(
 
     Args:
         config: The settings.
+        task: A name in `hf_ws.training.tasks.TASKS`.
         model: A live model; it is trained in place, in float32, and left in eval mode.
-        tokenizer: Needed where text comes as text; saved beside the model.
+        tokenizer: Needed where text comes as text; saved beside the model. Another processor for other data.
         teacher: A live model, folder or Hub id. Not loaded if `kd_weight` is 0.
         train_blocks: Blocks that `pack` made, or token ids [blocks, tokens].
         eval_blocks: Held-out blocks. With neither these nor text there is no evaluation.
@@ -113,6 +116,7 @@ def train(
         run_folder.check_run_folder(folder, config.resume)
     job = prepare(
         config,
+        task=task,
         model=model,
         tokenizer=tokenizer,
         teacher=teacher,
@@ -158,8 +162,11 @@ class _Trainer(Trainer):
         self.job = job
         if job.teacher is not None:
             job.teacher.to(self.args.device)
-        batch = {name: value[:1].to(self.args.device) for name, value in job.blocks[:1].items()}
-        self.objective = Objective(job.config, job.model, job.teacher, job.plan, batch=batch)
+        batch = job.task.batch([Placed(job.blocks, [0])[0]])
+        batch = {name: value.to(self.args.device) for name, value in batch.items()}
+        self.objective = Objective(
+            job.config, job.model, job.teacher, job.plan, shifts=job.task.shifts, batch=batch
+        )
         self.model_accepts_loss_kwargs = (
             True  # the objective takes the count of labels, so nothing is divided again
         )
@@ -202,6 +209,19 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
 
+class Placed(TorchDataset[dict[str, Any]]):
+    """Rows in an order, each with its `place` in it: what is drawn for a row by chance follows from that."""
+
+    def __init__(self, rows: datasets.Dataset, order: Sequence[int]) -> None:
+        self.rows, self.order = rows, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return {**self.rows[self.order[place]], "place": place}
+
+
 def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
     trainer = _Trainer(
         job=job,
@@ -209,9 +229,9 @@ def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Tr
         args=_arguments(job, place, resumed),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
-        train_dataset=job.blocks.select(job.order()),
-        eval_dataset=job.held_out,
-        data_collator=default_data_collator,
+        train_dataset=Placed(job.blocks, job.order().tolist()),
+        eval_dataset=None if job.held_out is None else Placed(job.held_out, range(len(job.held_out))),
+        data_collator=job.task.batch,
         callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
@@ -261,6 +281,7 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
         dataloader_pin_memory=not _on_cpu(),
         ddp_find_unused_parameters=False,
         label_names=["labels"],
+        remove_unused_columns=False,  # the task makes the batch
     )
 
 
@@ -309,7 +330,7 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
             run_folder.draw_losses(recorder.folder, recorder.rows)
 
 
-def _save(trainer: _Trainer, target: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _save(trainer: _Trainer, target: Path, tokenizer: Any) -> None:
     """Write the trained model, whole or not at all. Every process takes part: its shards may be spread."""
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
@@ -322,7 +343,7 @@ def _save(trainer: _Trainer, target: Path, tokenizer: PreTrainedTokenizerBase | 
 
 def _already_done(folder: Path, job: Job) -> History:
     logger.warning("the run in %s is finished; nothing to do", folder)
-    trained = load_causal_lm(folder / run_folder.MODEL, torch.float32)
+    trained = load_model(folder / run_folder.MODEL, job.task.auto_class, torch.float32)
     job.model.load_state_dict(trained.state_dict())
     job.model.eval()
     return History(run_folder.read_metrics(folder), job.tokens_per_step, folder / run_folder.MODEL)

@@ -1,0 +1,117 @@
+"""Data that is more than one text a row: pairs of texts, images with labels, sound with its text."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_ws.errors import DataError
+from hf_ws.training.data import files_of
+
+if TYPE_CHECKING:
+    import datasets
+
+    from hf_ws.training.config import TrainConfig
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""How a file's rows are read, by the end of its name."""
+
+
+def rows_of(config: TrainConfig, columns: list[str]) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows to train on, and those held out, with these columns alone.
+
+    From `train_files` (.jsonl, .parquet, .csv; or one folder of images in a folder a class) or `dataset`; held out is
+    what `eval_files` names, else one row in twenty, by the hash of what is in it.
+
+    Raises:
+        DataError: No such data, a column that is missing, nothing in it.
+    """
+    if config.train_files:
+        rows = _from_files(config.train_files, columns)
+    elif config.dataset:
+        rows = _from_hub(config)
+    else:
+        raise DataError("no data to train on; set train_files or dataset")
+    rows = _with(rows, columns, "the training data")
+    if config.eval_files:
+        return rows, _with(_from_files(config.eval_files, columns), columns, "the held-out data")
+    return split_rows(rows)
+
+
+def split_rows(rows: datasets.Dataset, one_in: int = 20) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows to train on and rows held out; a row stays on its side whatever else is there.
+
+    Raises:
+        DataError: All rows fall on one side, as a handful of them may.
+    """
+    held_out = [int(fingerprint(row), 16) % one_in == 0 for row in rows]
+    train, others = ([i for i, held in enumerate(held_out) if held == side] for side in (False, True))
+    if not train or not others:
+        raise DataError(f"{len(rows)} rows are too few to hold some out; give more, or name eval_files")
+    return rows.select(train), rows.select(others)
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of what a row holds, whatever it is: numbers, text, tensors, images."""
+    seen = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, dict):
+            for name in sorted(part):
+                seen.update(str(name).encode())
+                add(part[name])
+        elif isinstance(part, list | tuple):
+            for one in part:
+                add(one)
+        elif hasattr(part, "tobytes"):  # an image or an array
+            seen.update(part.tobytes())
+        elif hasattr(part, "numpy"):
+            seen.update(part.numpy().tobytes())
+        else:
+            seen.update(repr(part).encode("utf-8", "replace"))
+
+    add(value)
+    return seen.hexdigest()
+
+
+def _from_files(names: list[str], columns: list[str]) -> datasets.Dataset:
+    import datasets
+
+    if len(names) == 1 and (folder := Path(names[0]).expanduser()).is_dir() and "image" in columns:
+        found = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+        return found
+    files = [file for name in names for file in files_of(name, tuple(READERS))]
+    kinds = {READERS.get(file.suffix) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        raise DataError(
+            f"{', '.join(names)} hold {', '.join(sorted({f.suffix for f in files}))} files; give files of one kind: "
+            + ", ".join(READERS)
+        )
+    try:
+        return datasets.load_dataset(
+            str(kinds.pop()), data_files=[str(file) for file in files], split="train"
+        )
+    except Exception as error:  # whatever the reader of that kind raises
+        raise DataError(f"{', '.join(names)} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _from_hub(config: TrainConfig) -> datasets.Dataset:
+    import datasets
+
+    try:
+        return datasets.load_dataset(str(config.dataset), config.dataset_config, split=config.dataset_split)
+    except Exception as error:  # whatever the Hub client of the day raises
+        raise DataError(f"dataset {config.dataset!r} could not be loaded: {error}") from error
+
+
+def _with(rows: datasets.Dataset, columns: list[str], what: str) -> datasets.Dataset:
+    """The rows with these columns alone. Raises DataError."""
+    lacking = [name for name in columns if name not in rows.column_names]
+    if lacking:
+        raise DataError(
+            f"{what} has no column {', '.join(map(repr, lacking))}, only {', '.join(rows.column_names)}"
+        )
+    if not len(rows):
+        raise DataError(f"{what} has no rows; give some")
+    return rows.select_columns(columns)

@@ -1,0 +1,107 @@
+"""What every task has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_ws.errors import DataError, HfWsError
+from hf_ws.training.data import Document, Packed, load_text, pack, split_held_out, text_files
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedConfig
+
+    from hf_ws.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The data of a run."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    bytes_per_token: float | None = None
+    """Of the held-out text, where a loss per byte means something."""
+
+
+class Task:
+    """Text in blocks, as the tasks on text share it.
+
+    Args:
+        config: The settings of the run.
+        model_config: The student's.
+        processor: The tokenizer, or what else makes the model's inputs; None where rows come ready.
+    """
+
+    auto_class: ClassVar[str]
+    """The class of Transformers that loads the model."""
+    shifts: ClassVar[bool] = False
+    """Whether position t predicts label t + 1."""
+    unit: ClassVar[str] = "tokens"
+    """What the length of a row counts."""
+
+    def __init__(self, config: TrainConfig, model_config: PreTrainedConfig, processor: Any = None) -> None:
+        self.config, self.model_config, self.processor = config, model_config, processor
+
+    @classmethod
+    def load_processor(cls, source: str) -> Any:
+        """What is beside a model in its folder, or at its Hub id; None if nothing is."""
+        from hf_ws.distill.teacher import load_tokenizer
+
+        return load_tokenizer(source)
+
+    def read(self) -> Rows:
+        """The data that the settings name. Raises DataError."""
+        documents, held_out = self._documents()
+        train = self._packed(documents)
+        try:
+            others = self._packed(held_out)
+        except HfWsError as error:
+            raise DataError(f"held-out text: {error}") from error
+        return Rows(train.dataset, others.dataset, others.bytes_per_token)
+
+    def length(self, rows: datasets.Dataset) -> int:
+        """How many `unit`s a row counts for in a run of so many tokens."""
+        return len(rows[0]["input_ids"])
+
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the model takes of these rows, and `labels`; each row has its `place` in the run besides."""
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "place"}
+
+    def drawn(self, row: dict[str, Any]) -> torch.Generator:
+        """The chance of one row, from the seed and its place."""
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + int(row["place"]))
+
+    def _documents(self) -> tuple[list[Document], list[Document]]:
+        """To train on, and held out."""
+        config = self.config
+        if self.processor is None:
+            raise DataError(
+                "text came without a tokenizer; take a model folder that holds one, or give tokenizer="
+            )
+        if config.train_files:
+            documents = text_files(config.train_files, column=config.text_column)
+        elif config.dataset:
+            documents = load_text(
+                config.dataset,
+                split=config.dataset_split,
+                column=config.text_column,
+                config_name=config.dataset_config,
+            )
+        else:
+            raise DataError(
+                "no text to train on; set train_files (files, folders, globs, or stdlib) or dataset"
+            )
+        if config.eval_files:
+            return documents, text_files(config.eval_files, column=config.text_column)
+        return split_held_out(documents)
+
+    def _packed(self, documents: list[Document]) -> Packed:
+        from accelerate import PartialState
+
+        show = self.config.progress and PartialState().is_main_process
+        return pack(documents, self.processor, self.config.block, progress=show)

@@ -1,0 +1,238 @@
+"""The tasks besides causal language modelling: their batches, and that they train, distil and resume."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_ws.errors import DataError, PlanError
+from hf_ws.training import TrainConfig, train
+from hf_ws.training.data import pack
+from hf_ws.training.tasks import TASKS
+from hf_ws.training.tasks.seq2seq import _spans
+
+TEXTS = [
+    f"def f{i}(x):\n    return x * {i} + {i % 7}\n\n\nclass C{i}(Base):\n    value = {i}\n"
+    for i in range(120)
+]
+BLOCK = 32
+SHORT = TrainConfig(
+    steps=8, batch_size=4, learning_rate=5e-3, log_every=1, eval_every=4, block=BLOCK, progress=False
+)
+SENTINELS = [f"<extra_id_{i}>" for i in range(6)]
+
+
+def speaker(**special) -> PreTrainedTokenizerFast:
+    extra = [*special.values(), *SENTINELS]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        TEXTS, vocab_size=300, special_tokens=["<pad>", "</s>", *extra], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="</s>", **special
+    )
+
+
+@pytest.fixture(scope="module")
+def masking() -> PreTrainedTokenizerFast:
+    return speaker(mask_token="<mask>")
+
+
+@pytest.fixture(scope="module")
+def blocks(masking) -> SimpleNamespace:
+    return SimpleNamespace(
+        train_blocks=pack(TEXTS[:100], masking, BLOCK), eval_blocks=pack(TEXTS[100:], masking, BLOCK)
+    )
+
+
+def bert(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertForMaskedLM(BertConfig(vocab_size=310, max_position_embeddings=64, **sizes))
+
+
+def t5(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=310, decoder_start_token_id=0, **sizes))
+
+
+def bart(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    both = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in both.items()}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 1}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=310, d_model=32, max_position_embeddings=64, **sizes, **ids)
+    )
+
+
+def rows(blocks: SimpleNamespace, count: int = 8) -> list[dict]:
+    return [{**blocks.train_blocks.dataset[i], "place": i} for i in range(count)]
+
+
+class TestMasked:
+    def test_a_fixed_share_is_hidden_as_bert_hides_it(self, masking, blocks) -> None:
+        task = TASKS["mlm"](replace(SHORT, mask_probability=0.25), bert().config, masking)
+        many = [{**row, "place": place} for place in range(60) for row in rows(blocks)]
+        made, before = task.batch(many), torch.stack([row["input_ids"] for row in many])
+        hidden = made["labels"] != -100
+        special = torch.isin(before, torch.tensor(masking.all_special_ids))
+        assert torch.equal(hidden.sum(1), ((~special).sum(1) * 0.25).round().long())
+        assert not (hidden & special).any()
+        assert torch.equal(made["labels"][hidden], before[hidden])
+        assert torch.equal(made["input_ids"][~hidden], before[~hidden])
+        now, was = made["input_ids"][hidden], before[hidden]
+        masked = (now == masking.mask_token_id).float().mean()
+        assert masked == pytest.approx(0.8, abs=0.03)
+        assert (now == was).float().mean() == pytest.approx(0.1, abs=0.02)
+
+    def test_what_is_hidden_follows_from_seed_and_place(self, masking, blocks) -> None:
+        task = TASKS["mlm"](SHORT, bert().config, masking)
+        first = task.batch(rows(blocks))
+        assert torch.equal(task.batch(rows(blocks)[3:4])["labels"][0], first["labels"][3])
+        moved = task.batch([row | {"place": row["place"] + 100} for row in rows(blocks)])
+        assert not torch.equal(moved["labels"], first["labels"])
+        other = TASKS["mlm"](replace(SHORT, seed=1), bert().config, masking).batch(rows(blocks))
+        assert not torch.equal(other["labels"], first["labels"])
+
+    def test_it_wants_a_mask_token(self, blocks) -> None:
+        with pytest.raises(DataError, match="tokenizer with a mask token"):
+            TASKS["mlm"](SHORT, bert().config, speaker()).batch(rows(blocks))
+
+
+class TestSpans:
+    @pytest.mark.parametrize(
+        ("length", "share", "mean"), [(32, 0.15, 3.0), (7, 0.5, 1.0), (100, 0.9, 5.0), (2, 0.15, 3.0)]
+    )
+    def test_are_always_as_many_and_apart(self, length: int, share: float, mean: float) -> None:
+        counts = set()
+        for seed in range(50):
+            spans = _spans(length, share, mean, torch.Generator().manual_seed(seed))
+            assert all(start < end for start, end in spans)
+            assert all(end < start for (_, end), (start, _) in pairwise(spans))
+            assert spans[0][0] > 0
+            assert spans[-1][1] <= length
+            counts.add((len(spans), sum(end - start for start, end in spans)))
+        assert counts == {(len(spans), min(max(round(length * share), 1), length - 1))}
+
+    def test_with_sentinels_the_text_can_be_put_together_again(self, blocks) -> None:
+        tokenizer = speaker()
+        made = TASKS["seq2seq"](SHORT, t5().config, tokenizer).batch(rows(blocks))
+        marks = tokenizer.convert_tokens_to_ids(SENTINELS)
+        for source, labels, decoder, row in zip(
+            *(made[n].tolist() for n in ("input_ids", "labels", "decoder_input_ids")),
+            rows(blocks),
+            strict=True,
+        ):
+            cut: dict[int, list[int]] = {}
+            for token in labels[:-1]:
+                if token in marks:
+                    cut[token] = []
+                else:
+                    cut[list(cut)[-1]].append(token)
+            whole = [token for one in source[:-1] for token in cut.get(one, [one])]
+            assert whole == row["input_ids"].tolist()
+            assert source[-1] == labels[-1] == tokenizer.eos_token_id
+            assert decoder == [0, *labels[:-1]]
+        assert made["attention_mask"].all()
+
+    def test_with_a_mask_token_the_whole_text_is_predicted(self, masking, blocks) -> None:
+        plain = speaker(mask_token="<mask>")
+        known = {name: i for name, i in plain.get_vocab().items() if name not in SENTINELS}
+        plain.get_vocab = lambda: known
+        made = TASKS["seq2seq"](SHORT, bart().config, plain).batch(rows(blocks))
+        assert torch.equal(made["labels"][:, :-1], torch.stack([row["input_ids"] for row in rows(blocks)]))
+        assert (made["input_ids"] == plain.mask_token_id).sum(1).tolist() == [2] * 8
+        known.clear()
+        plain.mask_token = None
+        with pytest.raises(DataError, match="neither sentinels"):
+            TASKS["seq2seq"](SHORT, bart().config, plain).batch(rows(blocks))
+
+    def test_too_few_sentinels_are_named(self, blocks) -> None:
+        config = replace(SHORT, mask_probability=0.5, mean_span=1.0)
+        with pytest.raises(DataError, match="loses 16 spans and the tokenizer has 6"):
+            TASKS["seq2seq"](config, t5().config, speaker()).batch(rows(blocks))
+
+
+MAKERS = {"mlm": bert, "seq2seq": t5}
+
+
+@pytest.mark.parametrize("task", MAKERS)
+class TestTraining:
+    def test_learns_from_text_and_a_teacher(self, task: str, masking, blocks) -> None:
+        history = train(replace(SHORT, steps=40, eval_every=20, kd_weight=0.5), task=task, model=MAKERS[task](),
+                        teacher=MAKERS[task](5), tokenizer=masking, **vars(blocks))  # fmt: skip
+        assert history.final_loss < history.evaluations[0][1] - 0.5
+        assert {"ce_loss", "kd_loss"} <= history.rows[1].keys()
+
+    def test_resumes_bit_for_bit(self, task: str, tmp_path: Path, masking, blocks) -> None:
+        def run(folder: str, **changes):
+            config = replace(SHORT, output=str(tmp_path / folder), save_every=3, **changes)
+            return train(config, task=task, model=MAKERS[task](), tokenizer=masking, **vars(blocks))
+
+        whole = run("whole")
+        again = run("again")
+        folder = tmp_path / "again"
+        for part in ("model", "checkpoint-8", "checkpoint-6"):
+            target = folder / part
+            if target.exists():
+                for file in sorted(target.rglob("*"), reverse=True):
+                    file.unlink()
+                target.rmdir()
+        resumed = run("again", resume=True)
+        keys = ("step", "loss", "eval_loss")
+        assert [[row.get(k) for k in keys] for row in resumed.rows] == [
+            [row.get(k) for k in keys] for row in whole.rows
+        ]
+        assert [row.get("loss") for row in again.rows] == [row.get("loss") for row in whole.rows]
+
+    def test_batches_do_not_depend_on_how_they_are_cut(self, task: str, masking, blocks) -> None:
+        def losses(size: int) -> list[float | None]:
+            model, config = (
+                MAKERS[task](),
+                replace(SHORT, batch_size=size, grad_accum=4 // size, eval_every=0),
+            )
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                elif isinstance(getattr(module, "dropout", None), float):
+                    module.dropout = 0.0
+            return [
+                row.get("loss")
+                for row in train(config, task=task, model=model, tokenizer=masking, **vars(blocks)).rows
+            ]
+
+        assert losses(4) == pytest.approx(losses(2), abs=2e-4)
+
+
+def test_pairs_are_learned(tmp_path: Path, masking) -> None:
+    file = tmp_path / "pairs.jsonl"
+    pairs = [{"of": f"return x * {i}", "to": f"value = {i}", "more": 1} for i in range(200)] + [
+        {"of": "", "to": "x", "more": 1}
+    ]
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    config = replace(
+        SHORT, steps=60, train_files=[str(file)], source_column="of", target_column="to", eval_every=30
+    )
+    history = train(config, task="seq2seq", model=t5(), tokenizer=masking)
+    assert history.final_loss < history.evaluations[0][1] - 1
+    with pytest.raises(DataError, match="no column 'from', only of, to, more"):
+        train(replace(config, source_column="from"), task="seq2seq", model=t5(), tokenizer=masking)
+    with pytest.raises(PlanError, match="pairs want both"):
+        train(replace(config, target_column=None), task="seq2seq", model=t5(), tokenizer=masking)
