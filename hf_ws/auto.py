@@ -29,7 +29,7 @@ from hf_ws.evidence import calibrate
 from hf_ws.layouts import Certificate
 from hf_ws.layouts import certify as certify_class
 from hf_ws.layouts.census import census, check_census, check_same_parts
-from hf_ws.layouts.infer import led
+from hf_ws.layouts.stacks import led
 from hf_ws.methods import METHODS, Method, Request
 from hf_ws.plan import Plan, Rank
 from hf_ws.sizes import sizes_of
@@ -313,7 +313,7 @@ def _planned(
     if not plan.is_fresh("*"):
         check_census(before, config, certificate)
         check_same_parts(before, after, kept, certificate)
-        check_census(after, target, certificate)
+        check_census(after, target, certificate.kept(kept))
     return plan
 
 

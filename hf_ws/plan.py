@@ -17,6 +17,7 @@ import numpy as np
 
 from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.errors import OutputError, PlanError
+from hf_ws.layouts.stacks import of_any_kind
 
 FORMAT = 2
 """Version of the saved form."""
@@ -159,7 +160,7 @@ class Plan:
             stack, number = split_key(scope)
             if number >= len(self.layers[stack]):
                 yield f"{key} is for a layer that the target does not have"
-        elif scope and not {scope, _LAYER.sub(".*.", scope, 1)} & set(self.layouts):
+        elif scope and not {scope, _LAYER.sub(".*.", scope, 1)} & {*map(of_any_kind, self.layouts)}:
             yield f"{key} is for a parameter that the target does not have"
         elif isinstance(axis_map, Rank) and axis_map.keep > axis_map.size:
             yield f"{key} keeps {axis_map.keep} of {axis_map.size}; a ranking only drops"

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_ws.axes import HEADS, KV_HEADS, kind_of, parse, sibling, split_key
+from hf_ws.axes import HEADS, KV_HEADS, kind_of, parse, sibling
 from hf_ws.errors import CheckpointError, PlanError
 from hf_ws.evidence import Evidence
-from hf_ws.layouts import Certificate, certify, generic, select, tensors_of
+from hf_ws.layouts import Certificate, certify, generic, in_layer, select, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
 from hf_ws.scores import SCORES
@@ -150,10 +150,10 @@ def _tensors(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Every tensor of the target that the source has a part in."""
-    certificate = _certificate(plan, source)
+    stacks = _certificate(plan, source).stacks.kept(plan.layers)
     tensors: dict[str, Tensor] = {}
     for name, parameter in tqdm(list(tensors_of(model).items()), desc="transferring", unit="tensor", delay=2):
-        pattern, layer = generic(name, certificate.stacks)
+        pattern, layer = generic(name, stacks)
         if plan.is_fresh(pattern) or name in (model._keys_to_ignore_on_save or ()):
             continue  # the second are computed, and no checkpoint holds them
         text = plan.layouts[pattern]
@@ -179,7 +179,7 @@ def _tensors(
 
 def source_name(plan: Plan, pattern: str, layer: int | str) -> str:
     """The source's name of a tensor in a target layer."""
-    return pattern.replace("*", str(split_key(plan.source_layer(layer))[1]), 1)
+    return in_layer(pattern, plan.source_layer(layer))
 
 
 def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype) -> None:

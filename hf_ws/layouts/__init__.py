@@ -2,14 +2,16 @@
 
 from hf_ws.layouts.certify import Certificate, certify
 from hf_ws.layouts.explain import visible_sizes
-from hf_ws.layouts.infer import Inferred, generic, infer, tensors_of
+from hf_ws.layouts.infer import Inferred, infer, tensors_of
 from hf_ws.layouts.select import select
+from hf_ws.layouts.stacks import generic, in_layer
 
 __all__ = [
     "Certificate",
     "Inferred",
     "certify",
     "generic",
+    "in_layer",
     "infer",
     "select",
     "tensors_of",

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_ws.axes import length, parse, split_key
 from hf_ws.errors import PlanError, SizeError, UnsupportedArchitectureError
 from hf_ws.layouts.certify import Certificate
-from hf_ws.layouts.infer import generic, tensors_of
+from hf_ws.layouts.infer import tensors_of
 from hf_ws.layouts.miniature import build_on_meta
+from hf_ws.layouts.stacks import generic, in_layer
 from hf_ws.sizes import sizes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,12 +69,13 @@ def check_same_parts(
     Raises:
         PlanError: with the parameters' names.
     """
+    stacks = certificate.stacks.kept(kept)
     wanted: set[str] = set()
     for name in target:
-        pattern, layer = generic(name, certificate.stacks)
+        pattern, layer = generic(name, stacks)
         if layer is not None:
             stack, number = split_key(layer)
-            name = pattern.replace("*", str(kept[stack][number] if stack in kept else number), 1)
+            name = in_layer(pattern, kept[stack][number] if stack in kept else number)
         wanted.add(name)
     had = set()
     for name in source:

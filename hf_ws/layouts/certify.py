@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, Product, Sum, kind_of, length,
 from hf_ws.errors import SizeError, UnsupportedArchitectureError
 from hf_ws.layouts import irregular, prove, run
 from hf_ws.layouts.explain import streams
-from hf_ws.layouts.infer import Inferred, generic, infer, tensors_of
+from hf_ws.layouts.infer import Inferred, infer, tensors_of
 from hf_ws.layouts.miniature import build_on_meta, inputs
+from hf_ws.layouts.stacks import Stacks, generic
 from hf_ws.sizes import near, owner, resize, sizes_of
 
 
@@ -27,8 +28,8 @@ class Certificate:
     model_class: str
     layouts: Mapping[str, str]
     """Layout by tensor name, the layer's number written `*`."""
-    stacks: Mapping[str, str]
-    """The layer axis of each module list that holds layers."""
+    stacks: Stacks
+    """The layer axis of each module list that holds layers, and of which kind each layer is."""
     axes: tuple[str, ...]
     """The axes that may change: those proven, and those that count layers."""
     errors: Mapping[str, float]
@@ -53,6 +54,10 @@ class Certificate:
     def pattern(self, name: str) -> str:
         """A tensor's name as `layouts` spells it."""
         return generic(name, self.stacks)[0]
+
+    def kept(self, layers: Mapping[str, Sequence[int]]) -> Certificate:
+        """The certificate of a model that has these layers of this one, by layer axis."""
+        return replace(self, stacks=self.stacks.kept(layers))
 
     @property
     def occurring(self) -> tuple[str, ...]:
@@ -157,6 +162,7 @@ def _anchored(
 ) -> Certificate:
     """The certificate with the numbers in its layouts as they are in the full model: patches, kernels, classes."""
     sizes = sizes_of(config)
+    certificate = replace(certificate, stacks=certificate.stacks.of(config))
     layouts = dict(certificate.layouts)
     seen: set[str] = set()
     for name, tensor in tensors_of(build_on_meta(model_class, config)).items():
@@ -165,7 +171,7 @@ def _anchored(
             continue
         seen.add(pattern)
         layouts[pattern] = _numbered(layouts[pattern], tensor, sizes)
-    return Certificate(**{**vars(certificate), "layouts": layouts})
+    return replace(certificate, layouts=layouts)
 
 
 def _numbered(text: str, tensor: Tensor, sizes: Mapping[str, int]) -> str:

@@ -29,12 +29,13 @@ from hf_ws.axes import (
     LAYERS,
     MOE_FFN,
     kind_of,
-    layer_key,
+    split_key,
 )
 from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts import irregular
 from hf_ws.layouts.explain import ATTENTION, Explain, visible_sizes
 from hf_ws.layouts.miniature import apart, build_on_meta, miniatures
+from hf_ws.layouts.stacks import Stacks, generic, kinds_of
 from hf_ws.sizes import field_of, layer_axes, resize, sizes_of
 
 _OUTPUT = re.compile(
@@ -68,8 +69,8 @@ class Inferred:
 
     layouts: dict[str, str]
     """Layout by tensor name, the layer's number written `*`."""
-    stacks: dict[str, str]
-    """The layer axis of each module list that holds layers, and of a first layer with layouts of its own."""
+    stacks: Stacks
+    """The layer axis of each module list that holds layers, and what kinds of layers there are."""
     miniature: PreTrainedConfig
     choices: dict[str, Choice] = field(default_factory=dict)
     """All the explanations there are, by the same names."""
@@ -90,7 +91,7 @@ def infer(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Infer
     small, other = miniatures(model_class, config)
     model = apart(build_on_meta(model_class, small))
     fixed: dict[str, str] = {}
-    stacks = dict(_stacks(model_class, small, model, fixed))
+    stacks = Stacks(dict(_stacks(model_class, small, model, fixed)), kinds_of(small))
     while True:
         shapes = _shapes(model), _shapes(apart(build_on_meta(model_class, other)))
         explain = Explain(small, other)
@@ -161,56 +162,43 @@ def _stacks(
             fixed[axis] = f"the shape of {changed} depends on it"
 
 
-def generic(name: str, stacks: Mapping[str, str]) -> tuple[str, int | str | None]:
-    """A tensor's name with its layer's number written `*`, and which layer that is (None outside the layers).
-
-    The layers of the text part go by number, others by their axis as well: `3`, `decoder.layers.3`. A first layer that
-    is a stack of its own in `stacks` keeps its number in the name.
-    """
-    for stack, axis in stacks.items():
-        if name.startswith(f"{stack}.") and not (stack.endswith(".0") and stack[:-2] in stacks):
-            number, _, rest = name[len(stack) + 1 :].partition(".")
-            if number.isdigit():
-                own = number == "0" and f"{stack}.0" in stacks
-                return name if own else f"{stack}.*.{rest}", layer_key(axis, int(number))
-    return name, None
-
-
-def led(stacks: Mapping[str, str]) -> set[str]:
-    """The layer axes of the stacks whose first layer has layouts of its own, and stays the first in any target."""
-    return {axis for stack, axis in stacks.items() if stack.endswith(".0") and stack[:-2] in stacks}
-
-
 def _choices(
     model: PreTrainedModel,
     shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]],
-    stacks: dict[str, str],
+    stacks: Stacks,
     explain: Explain,
 ) -> tuple[dict[str, Choice], dict[str, int]]:
     """The explanations of every tensor, and the dimensions that have none."""
-    choices: dict[str, Choice] = {}
+    lying: dict[str, dict[str, Choice]] = {}
     unexplained: dict[str, int] = {}
     for name, tensor in tensors_of(model).items():
         module = model.get_submodule(
             name.rpartition(".")[0].partition(".parametrizations")[0]
         )  # not what norms it
         whole = type(model.get_submodule(".".join(name.split(".")[:-2]))).__name__
-        pattern = generic(name, stacks)[0]
         choice = _choice(name, module, whole, tensor, shapes[1].get(name), explain, model.config)
         if isinstance(choice, int):
             unexplained[name] = choice
-        elif choices.setdefault(pattern, choice) != choice:
-            stack = next(
-                stack
-                for stack in stacks
-                if name.startswith(f"{stack}.") and pattern.startswith(f"{stack}.*.")
-            )
-            if f"{stack}.0" not in stacks:  # the first of a stage halves the picture and doubles the channels
-                stacks[f"{stack}.0"] = stacks[stack]
-            else:  # its layers differ by number: they stay as many as they are
-                del stacks[stack], stacks[f"{stack}.0"]
-            return _choices(model, shapes, stacks, explain)
+        else:
+            lying.setdefault(generic(name, stacks)[0], {})[name] = choice
+    choices: dict[str, Choice] = {}
+    for pattern, own in lying.items():
+        if len({*own.values()}) > 1:
+            layers = {name: generic(name, stacks)[1] for name in own}
+            if not stacks.part(pattern, {split_key(layers[name])[1]: own[name] for name in own}):
+                _part_first(stacks, pattern.partition(".*")[0])
+                return _choices(model, shapes, stacks, explain)
+        choices |= {generic(name, stacks)[0]: choice for name, choice in own.items()}
     return choices, unexplained
+
+
+def _part_first(stacks: Stacks, stack: str) -> None:
+    """Set a stack's first layer apart from the others, or drop the stack where it is already."""
+    stacks.apart = {name: kinds for name, kinds in stacks.apart.items() if not name.startswith(f"{stack}.*")}
+    if f"{stack}.0" not in stacks:  # the first of a stage halves the picture and doubles the channels
+        stacks[f"{stack}.0"] = stacks[stack]
+    else:  # its layers differ by number: they stay as many as they are
+        del stacks[stack], stacks[f"{stack}.0"]
 
 
 def _choice(

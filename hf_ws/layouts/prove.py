@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from hf_ws.axes import (
     EMBEDDING,
+    EXPERTS,
     FFN,
     HEAD_DIM,
     HEADS,
@@ -47,11 +48,12 @@ from hf_ws.axes import (
 )
 from hf_ws.layouts import run
 from hf_ws.layouts.explain import streams
-from hf_ws.layouts.infer import Choice, Inferred, generic, tensors_of
+from hf_ws.layouts.infer import Choice, Inferred, tensors_of
 from hf_ws.layouts.miniature import RESERVED, inputs
 from hf_ws.layouts.outputs import Maps, distance, renumbered
 from hf_ws.layouts.select import select
-from hf_ws.sizes import resize, sizes_of
+from hf_ws.layouts.stacks import generic
+from hf_ws.sizes import owner, resize, sizes_of
 
 TOLERANCE = 2e-5
 """Of the largest output. Norms compute in float32 whatever the model's dtype; float64 elsewhere is far below this."""
@@ -208,11 +210,8 @@ def _by_permutation(bench: _Bench) -> tuple[dict[str, str], dict[str, float]]:
     possible |= {sibling(axis, HEADS) for axis in possible if kind_of(axis) == KV_HEADS}
     moves = dict(permutations(bench.sizes, possible))
     errors = {axis: bench.permuted(layouts, maps) for axis, maps in moves.items()}
-    # The order inside a head is no symmetry where positions turn pairs of channels: no reason to doubt the layouts.
-    failed = {
-        axis for axis, error in errors.items() if not error <= TOLERANCE and kind_of(axis) not in TURNED
-    }
     doubted = {axis for axis, error in errors.items() if not error <= TOLERANCE}
+    failed = {axis for axis in doubted if not _ordered(bench, axis)}
     picks = {name: (0,) * len(choice.dims) for name, choice in choices.items()}
     tries = 0
     limit = bench.tries
@@ -264,7 +263,7 @@ def _alternatives(
             about |= {sibling(axis, HEADS) for axis in about if kind_of(axis) == KV_HEADS}
             now |= {sibling(axis, HEADS) for axis in now if kind_of(axis) == KV_HEADS}
             if len(dim) > 1 and about & failed and (now & failed or not now & proven):
-                leaf = ".".join(part for part in name.split(".")[-3:-1] if not part.isdigit() and part != "*")
+                leaf = ".".join(part for part in name.split(".")[-3:-1] if part.strip("*0123456789"))
                 groups.setdefault((leaf, at == choice.reads[0], dim, pick), []).append((name, at))
     for count in (1, 2, 3):
         for keys in combinations(groups, count):
@@ -321,6 +320,16 @@ def _read_at(text: str, at: int | None) -> str:
 
 
 TURNED = (HEAD_DIM, ROPE_DIM)
+
+
+def _ordered(bench: _Bench, axis: str) -> bool:
+    """Whether the order on an axis may be no symmetry: then that it is none is no reason to doubt the layouts.
+
+    Inside a head positions turn pairs of channels, and experts may be routed by groups.
+    """
+    groups = getattr(owner(bench.inferred.miniature, axis), "n_group", None) or 1
+    return kind_of(axis) in TURNED or (kind_of(axis) == EXPERTS and groups > 1)
+
 
 DUPLICATED = (HIDDEN, UNIT, FFN, MOE_FFN, SHARED_FFN, EMBEDDING, HEADS, KV_HEADS)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_ws.axes import HEADS, KV_HEADS, kind_of, sibling
 from hf_ws.errors import PlanError
+from hf_ws.layouts import generic, in_layer
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan
 
@@ -87,11 +88,12 @@ def _maps(request: Request, choose: Choose) -> dict[str, AxisMap]:
 def _target_names(request: Request) -> list[str]:
     """Every tensor of the target, layer numbers spelled out."""
     names = []
+    stacks = request.certificate.stacks.kept(request.layers)
     for pattern in request.certificate.layouts:
         stack = request.certificate.stacks.get(pattern.partition(".*")[0]) if "*" in pattern else None
-        led = (
-            f"{pattern.partition('.*')[0]}.0" in request.certificate.stacks
-        )  # its first layer has patterns of its own
-        layers = range(led, len(request.layers[stack])) if stack else [None]
-        names += [pattern if layer is None else pattern.replace("*", str(layer), 1) for layer in layers]
+        if stack is None:
+            names.append(pattern)
+            continue
+        spelled = [in_layer(pattern, layer) for layer in range(len(request.layers[stack]))]
+        names += [name for name in spelled if generic(name, stacks)[0] == pattern]  # not all layers have it
     return names

@@ -1,0 +1,111 @@
+"""Which module lists hold a model's layers, and how a layer's tensors are called in layouts.
+
+A layer's number is written `*`: `model.layers.*.mlp.up_proj.weight`. Layers of several kinds (attention with a state
+and without, dense and routed) may have a tensor of one name that lies otherwise in each: then `*2` is the tensor in
+layers that lie as those of the third kind do, and `*` in all that lie as those of the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+
+from transformers import PreTrainedConfig
+
+from hf_ws.axes import layer_key, split_key
+from hf_ws.sizes import layer_axes, layer_kinds
+
+_NUMBER = re.compile(r"\*\d*")
+
+
+class Stacks(dict[str, str]):
+    """The layer axis of each module list that holds layers, and of a first layer with layouts of its own.
+
+    Attributes:
+        kinds: For each layer axis the kind of each layer, numbered in the order in which they appear.
+        apart: For a tensor that lies otherwise in some kinds of layers, the first kind that it lies alike in, by kind.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, str],
+        kinds: Mapping[str, Sequence[int]] | None = None,
+        apart: Mapping[str, Mapping[int, int]] | None = None,
+    ) -> None:
+        super().__init__(axes)
+        self.kinds = dict(kinds or {})
+        self.apart = dict(apart or {})
+
+    def of(self, config: PreTrainedConfig) -> Stacks:
+        """The same with the kinds of another config's layers."""
+        return Stacks(self, kinds_of(config), self.apart)
+
+    def kept(self, layers: Mapping[str, Sequence[int]]) -> Stacks:
+        """The same for a model that has these layers of this one."""
+        own = {
+            axis: [self.kinds[axis][i] for i in kept] for axis, kept in layers.items() if axis in self.kinds
+        }
+        return Stacks(self, {**self.kinds, **own}, self.apart)
+
+    def part(self, pattern: str, lying: Mapping[int, Hashable]) -> bool:
+        """Note that a tensor lies so in each layer, by its number; False if that differs within a kind of layers."""
+        kinds = self.kinds.get(self[pattern.partition(".*")[0]], ())
+        by_kind: dict[int, Hashable] = {}
+        for number, way in lying.items():
+            if number >= len(kinds) or by_kind.setdefault(kinds[number], way) != way:
+                return False
+        first: dict[Hashable, int] = {}
+        self.apart[pattern] = {kind: first.setdefault(way, kind) for kind, way in sorted(by_kind.items())}
+        return True
+
+
+def kinds_of(config: PreTrainedConfig) -> dict[str, list[int]]:
+    """The kind of each layer by layer axis, numbered in the order in which they appear: as a miniature has them."""
+    found = {}
+    for axis in layer_axes(config):
+        kinds = layer_kinds(config, axis)
+        number = {kind: at for at, kind in enumerate(dict.fromkeys(kinds))}
+        found[axis] = [number[kind] for kind in kinds]
+    return found
+
+
+def generic(name: str, stacks: Mapping[str, str]) -> tuple[str, int | str | None]:
+    """A tensor's name with its layer's number written `*`, and which layer that is (None outside the layers).
+
+    The layers of the text part go by number, others by their axis as well: `3`, `decoder.layers.3`. A first layer that
+    is a stack of its own in `stacks` keeps its number in the name.
+    """
+    for stack, axis in stacks.items():
+        if name.startswith(f"{stack}.") and not (stack.endswith(".0") and stack[:-2] in stacks):
+            number, _, rest = name[len(stack) + 1 :].partition(".")
+            if number.isdigit():
+                if number == "0" and f"{stack}.0" in stacks:
+                    return name, layer_key(axis, 0)
+                return f"{stack}.*{_mark(f'{stack}.*.{rest}', axis, int(number), stacks)}.{rest}", layer_key(
+                    axis, int(number)
+                )
+    return name, None
+
+
+def _mark(pattern: str, axis: str, number: int, stacks: Mapping[str, str]) -> str:
+    """The kind of layers in which this tensor lies as in this one; nothing for the first kind there is."""
+    if not isinstance(stacks, Stacks) or pattern not in stacks.apart:
+        return ""
+    kinds, kind_in = stacks.kinds.get(axis, ()), stacks.apart[pattern]
+    kind = kind_in.get(kinds[number]) if number < len(kinds) else None
+    return "" if kind is None or kind == min(kind_in.values()) else str(kind)
+
+
+def in_layer(pattern: str, layer: int | str) -> str:
+    """A tensor's name in one layer, by its number or its key: the reverse of `generic`."""
+    return _NUMBER.sub(str(split_key(layer)[1]), pattern, count=1)
+
+
+def of_any_kind(pattern: str) -> str:
+    """A tensor's name in layers of whatever kind."""
+    return _NUMBER.sub("*", pattern, count=1)
+
+
+def led(stacks: Mapping[str, str]) -> set[str]:
+    """The layer axes of the stacks whose first layer has layouts of its own, and stays the first in any target."""
+    return {axis for stack, axis in stacks.items() if stack.endswith(".0") and stack[:-2] in stacks}
