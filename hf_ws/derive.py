@@ -33,7 +33,7 @@ from hf_ws.axes import (
     sibling,
 )
 from hf_ws.errors import PlanError, SizeError
-from hf_ws.sizes import DERIVED, PARTS, field_of, near, nodes, places, resize, sizes_of
+from hf_ws.sizes import DERIVED, MIXERS, PARTS, field_of, near, nodes, places, resize, sizes_of
 
 Kept = Mapping[str, Sequence[int]] | Sequence[int]
 """The source layer of each target layer: by layer axis, or of the one stack there is."""
@@ -287,13 +287,18 @@ def _follow_heads(
             target[heads] = target[hidden] // target[head_dim]
         else:
             target[heads] = max(1, round(source[heads] * target[hidden] / source[hidden]))
-    if hidden and head_dim and head_dim not in asked and field_of(config, head_dim) is None and target[heads]:
+    if hidden and head_dim and head_dim not in asked and _fills(config, head_dim) and target[heads]:
         target[head_dim] = target[hidden] // target[heads]
         if heads not in asked and field_of(config, heads):
             target[head_dim] = source[head_dim]
     if kv_heads in source and kv_heads not in asked and target[heads]:
         width = source[heads] / source[kv_heads]  # wider groups no selection of whole heads could give
         target[kv_heads] = min(d for d in _divisors(target[heads]) if target[heads] <= d * width)
+
+
+def _fills(config: Config, head_dim: str) -> bool:
+    """Whether heads are as wide as it takes to fill hidden; those of a mixer without a field are not known to."""
+    return field_of(config, head_dim) is None and head_dim.split(".")[0] not in MIXERS
 
 
 def _divisors(number: int) -> list[int]:
@@ -314,7 +319,7 @@ def _violations(
     heads, kv_heads = target[heads_axis], target[kv_axis]
     if hidden_axis and dim_axis:
         hidden, head_dim = target[hidden_axis], target[dim_axis]
-        coupled = field_of(config, dim_axis) is None
+        coupled = _fills(config, dim_axis)
         whole = source[heads_axis] * source[dim_axis] == source[hidden_axis]
         followed = whole and hidden_axis in asked and heads_axis not in asked
         if heads < 1 or ((coupled or followed) and whole and hidden != heads * head_dim):

@@ -176,7 +176,7 @@ class Plan:
         return layer_key(stack, self.layers[stack][number])
 
     def _unmapped(self) -> Iterator[str]:
-        mapped = {key.partition("@")[0] for key in self.maps}
+        mapped = {key.partition("@")[0] for key in self.maps} | {*self.layers}
         for axis in sorted(self._axes()):
             if axis not in mapped and self.source_sizes[axis] != self.target_sizes[axis]:
                 yield f"{axis} changes from {self.source_sizes[axis]} to {self.target_sizes[axis]}, and no map says how"

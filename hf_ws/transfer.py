@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -162,6 +163,8 @@ def _tensors(
             axis_map = plan.axis_map(axis, layer, name)
             if isinstance(axis_map, Gather):
                 maps[axis] = axis_map.as_array
+            elif axis in plan.layers:
+                maps[axis] = np.asarray(plan.layers[axis])
         weight = source.tensor(name if layer is None else source_name(plan, pattern, layer))
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
         shared = made.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, Product, Sum, kind_of, length, parse, sibling, spell
+from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, LAYERS, Product, Sum, kind_of, length, parse, sibling, spell
 from hf_ws.errors import SizeError, UnsupportedArchitectureError
 from hf_ws.layouts import irregular, prove, run
 from hf_ws.layouts.explain import streams
@@ -115,10 +115,18 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
         if kind_of(axis) in (HEADS, KV_HEADS)
     }
     shown = occurring | heads | streams(inferred.miniature).keys()
-    proven = [axis for axis in order if axis in proof.proven & shown and axis not in inferred.fixed]
+    proven = [
+        axis
+        for axis in order
+        if axis in proof.proven & shown and axis not in inferred.fixed and kind_of(axis) != LAYERS
+    ]
     fixed = dict(inferred.fixed)
     for axis, error in proof.errors.items():
-        if axis in occurring and axis not in proven:
+        if (
+            axis in occurring
+            and axis not in proven
+            and not (kind_of(axis) == LAYERS and error <= prove.TOLERANCE)
+        ):
             theirs = {
                 a
                 for a in order

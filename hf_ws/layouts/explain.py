@@ -67,7 +67,14 @@ ATTENTION = re.compile(r"attn|attention")
 class Explain:
     """The products and sums of axes that have a given length in both miniatures."""
 
-    def __init__(self, small: PreTrainedConfig, other: PreTrainedConfig) -> None:
+    def __init__(
+        self,
+        small: PreTrainedConfig,
+        other: PreTrainedConfig,
+        each: Mapping[tuple[str, int], str] | None = None,
+    ) -> None:
+        self._each = {place: (axis, sizes_of(small)[axis]) for place, axis in (each or {}).items()}
+        """For what tensor, and in which dimension, there is as much for each layer: the axis, and how many."""
         sizes, others = visible_sizes(small), visible_sizes(other)
         self._terms: list[tuple[str, int, int]] = []
         """Factors side by side, as in a parenthesis, with their length in each miniature."""
@@ -113,8 +120,15 @@ class Explain:
                 except ValueError:  # heads that are no multiple of these groups are not grouped
                     continue
 
-    def __call__(self, size: int, other: int | None, inner: bool, name: str) -> tuple[str, ...]:
-        """The explanations of a dimension, the most likely first."""
+    def __call__(self, size: int, other: int | None, inner: bool, name: str, at: int = -1) -> tuple[str, ...]:
+        """The explanations of a tensor's dimension, the most likely first."""
+        axis, depth = self._each.get((name, at), ("", 1))
+        found = self._explained(size // depth, None if other is None else other // depth, inner, name)
+        if not axis:
+            return found
+        return tuple(axis if rest == "1" else f"({axis} {rest})" for rest in found)
+
+    def _explained(self, size: int, other: int | None, inner: bool, name: str) -> tuple[str, ...]:
         if other is None or size == other:
             return (str(size),)
         found: dict[str, tuple[int, ...]] = {}

@@ -91,10 +91,11 @@ def infer(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Infer
     small, other = miniatures(model_class, config)
     model = apart(build_on_meta(model_class, small))
     fixed: dict[str, str] = {}
-    stacks = Stacks(dict(_stacks(model_class, small, model, fixed)), kinds_of(small))
+    each: dict[tuple[str, int], str] = {}
+    stacks = Stacks(dict(_stacks(model_class, small, model, fixed, each)), kinds_of(small))
     while True:
         shapes = _shapes(model), _shapes(apart(build_on_meta(model_class, other)))
-        explain = Explain(small, other)
+        explain = Explain(small, other, each)
         before = dict(stacks)
         choices, unexplained = _choices(model, shapes, stacks, explain)
         gone = {axis for axis in before.values() if axis not in stacks.values()}
@@ -129,11 +130,16 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _stacks(
-    model_class: type[PreTrainedModel], small: PreTrainedConfig, model: nn.Module, fixed: dict[str, str]
+    model_class: type[PreTrainedModel],
+    small: PreTrainedConfig,
+    model: nn.Module,
+    fixed: dict[str, str],
+    each: dict[tuple[str, int], str],
 ) -> Iterator[tuple[str, str]]:
     """Every module list that grows when a layer is added, with the axis that counts its layers.
 
     An axis that changes the model otherwise goes into `fixed`; one that does not change it is no axis of this class.
+    A tensor's dimension that has as much for each layer goes into `each`, with that axis.
     """
     lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
     for axis in layer_axes(small):
@@ -156,10 +162,18 @@ def _stacks(
         shapes, grown = _shapes(model), _shapes(deeper)
         if not found and grown != shapes:
             fixed[axis] = "no list of layers has that length"
-        elif changed := next(
-            (name for name in shapes if grown.get(name, shapes[name]) != shapes[name]), None
-        ):
-            fixed[axis] = f"the shape of {changed} depends on it"
+            continue
+        for name in (name for name in shapes if grown.get(name, shapes[name]) != shapes[name]):
+            changed = _of_each_layer(shapes[name], grown[name], depth)
+            each |= {(name, at): axis for at in changed}
+            if not changed:
+                fixed[axis] = f"the shape of {name} depends on it"
+
+
+def _of_each_layer(shape: tuple[int, ...], grown: tuple[int, ...], depth: int) -> list[int]:
+    """The dimensions that have as much for each of so many layers, as one layer more tells; none if any has not."""
+    changed = [at for at, (size, more) in enumerate(zip(shape, grown, strict=True)) if size != more]
+    return changed if all(shape[at] * (depth + 1) == grown[at] * depth for at in changed) else []
 
 
 def _choices(
@@ -219,7 +233,8 @@ def _choice(
             dims.append((row.writes,))
             continue
         inner = _is_inner(module, whole, name, at == reads[0])
-        found = explain(size, other[at] if other and len(other) == tensor.ndim else None, inner, name)
+        there = other[at] if other and len(other) == tensor.ndim else None
+        found = explain(size, there, inner, name, at)
         if not found:
             return at
         dims.append(found)

@@ -33,6 +33,7 @@ from hf_ws.axes import (
     HEADS,
     HIDDEN,
     KV_HEADS,
+    LAYERS,
     MOE_FFN,
     POSITIONS,
     ROPE_DIM,
@@ -46,7 +47,7 @@ from hf_ws.axes import (
     sibling,
     spell,
 )
-from hf_ws.layouts import run
+from hf_ws.layouts import ordered, run
 from hf_ws.layouts.explain import streams
 from hf_ws.layouts.infer import Choice, Inferred, tensors_of
 from hf_ws.layouts.miniature import RESERVED, inputs
@@ -168,7 +169,7 @@ def permutations(
             yield axis, {sibling(axis, KV_HEADS): groups, axis: order}
         elif kind == KV_HEADS and sibling(axis, HEADS) in sizes:
             continue
-        elif kind not in (POSITIONS, WAVES):
+        elif kind not in (POSITIONS, WAVES, LAYERS):
             fixed = (
                 RESERVED if kind == VOCAB else 0
             )  # RoBERTa counts positions by where the padding id stands
@@ -229,8 +230,11 @@ def _by_permutation(bench: _Bench) -> tuple[dict[str, str], dict[str, float]]:
             break
     # What was proven under the first layouts must hold under the last.
     errors = {axis: bench.permuted(layouts, maps) for axis, maps in moves.items()}
-    for axis in (axis for axis in bench.sizes if kind_of(axis) == POSITIONS and axis in possible):
-        errors[axis] = _shortened(bench, layouts, axis)
+    for axis in (axis for axis in bench.sizes if axis in possible):
+        if kind_of(axis) == POSITIONS:
+            errors[axis] = ordered.shortened(bench, layouts, axis)
+        elif kind_of(axis) == LAYERS:
+            errors[axis] = ordered.moved_before(bench, layouts, axis)
     return layouts, errors
 
 
@@ -273,20 +277,6 @@ def _alternatives(
                     for name, at in groups[key]:
                         other[name][at] = pick
                 yield {name: tuple(own) for name, own in other.items()}
-
-
-def _shortened(bench: _Bench, layouts: Mapping[str, str], axis: str) -> float:
-    """How far the output moves when the last positions are cut off a model that never reached them."""
-    keep = bench.sizes[axis] * 2 // 3
-    try:
-        target = resize(bench.inferred.miniature, {axis: keep})
-        model = run.build(bench.model_class, target)
-        bench.silence(model, sizes_of(target))
-        cut = bench.transferred(layouts, sizes_of(target), {axis: np.arange(keep)})
-        run.load(model, cut)
-        return distance(run.run(model, bench.inputs), bench.output, {})
-    except Exception:  # whatever the class objects to, fewer positions are not proven
-        return float("inf")
 
 
 def _by_duplication(bench: _Bench, layouts: dict[str, str], proven: set[str]) -> tuple[dict[str, str], float]:

@@ -116,16 +116,17 @@ def load(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
 def run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Outputs:
     """Every floating-point tensor that the model gives for these inputs; the random numbers it draws are the same."""
     torch.manual_seed(0)
-    return dict(_tensors("", model(**inputs)))
+    return dict(tensors("", model(**inputs)))
 
 
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor in what a module gave, by its place in that."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():
             yield name, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _tensors(f"{name}.{key}" if name else str(key), inner)
+            yield from tensors(f"{name}.{key}" if name else str(key), inner)
     elif isinstance(value, list | tuple):
         for at, inner in enumerate(value):
-            yield from _tensors(f"{name}.{at}", inner)
+            yield from tensors(f"{name}.{at}", inner)

@@ -74,7 +74,7 @@ class Request:
         for axis in self.certificate.occurring:
             pair = (KV_HEADS, HEADS) if kind_of(axis) in (HEADS, KV_HEADS) else ()
             found += [axis, *(sibling(axis, kind) for kind in pair)]
-        return tuple(axis for axis in dict.fromkeys(found) if axis in self.before)
+        return tuple(axis for axis in dict.fromkeys(found) if axis in self.before and kind_of(axis) != LAYERS)
 
     def places(self, axis: str) -> tuple[str, ...]:
         """The keys under which a plan maps an axis: each target layer's own where layers may differ, else one."""

@@ -14,6 +14,9 @@ from hf_ws.layouts.zoo.draw import Each, Open, floats, ids
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {
+        "linear_head_dim": Each(24, 16)
+    },  # a field that its class computes, but does not enforce
     "bamba": {"attn_layer_indices": Open([9, 18, 27])},
     "codegen": {"num_attention_heads": Each(12, 8)},  # its heads come in fours
     "cohere_compass_text": {"rope_parameters": Open({"full_attention": _ROPE})},
