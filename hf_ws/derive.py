@@ -33,7 +33,7 @@ from hf_ws.axes import (
     sibling,
 )
 from hf_ws.errors import PlanError, SizeError
-from hf_ws.sizes import DERIVED, MIXERS, PARTS, field_of, near, nodes, places, resize, sizes_of
+from hf_ws.sizes import DERIVED, MIXERS, PARTS, field_of, near, nodes, places, regrouped, resize, sizes_of
 
 Kept = Mapping[str, Sequence[int]] | Sequence[int]
 """The source layer of each target layer: by layer axis, or of the one stack there is."""
@@ -251,7 +251,10 @@ def _malformed(config: Config, source: Mapping[str, int], asked: Mapping[str, in
 def _follow(config: Config, source: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, int]:
     """Every size of the target: what was asked for, the rest by the rules of `derive_config`."""
     target = dict(source) | dict(asked)
+    same = regrouped(config)
     for heads in (axis for axis in source if kind_of(axis) == HEADS):
+        if heads in same:
+            target[heads] = target[same[heads]]
         _follow_heads(config, heads, source, asked, target)
     for axis in source:
         hidden = near(axis, HIDDEN, source)

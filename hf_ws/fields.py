@@ -234,6 +234,7 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     },
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},
+    "mimo_v2_flash": {f"{KV_HEADS}.1": lambda config: 2 * config.num_key_value_heads},  # of a window
     "zamba": {
         "mamba.head_dim": lambda config: config.mamba_expand * config.hidden_size // config.n_mamba_heads
     },

@@ -260,6 +260,11 @@ def near(axis: str, kind: str, sizes: Mapping[str, int | None]) -> str | None:
 
 def _complete(found: dict[str, int | None]) -> None:
     """What follows where a config leaves it open: head_dim = hidden / heads, kv_heads = heads, ffn = 4 hidden."""
+    for axis in list(
+        found
+    ):  # as many heads in every layer, but in fewer groups in some: these heads go apart
+        if kind_of(axis) == KV_HEADS and axis[-1].isdigit() and axis.rpartition(".")[0] in found:
+            found.setdefault(sibling(axis, HEADS), found.get(sibling(axis.rpartition(".")[0], HEADS)))
     for axis, heads in list(found.items()):
         if kind_of(axis) != HEADS or not heads:
             continue
@@ -286,6 +291,13 @@ def field_of(config: Config, axis: str) -> str | None:
     """The config's own name for an axis, None if it has none of its own (its size then follows others)."""
     own = places(config).get(axis)
     return own[0].field if own else None
+
+
+def regrouped(config: Config) -> dict[str, str]:
+    """The heads of layers that group them otherwise (`heads.1`), by the axis of those that are as many."""
+    sizes = sizes_of(config)
+    same = {axis: axis.rpartition(".")[0] for axis in sizes if kind_of(axis) == HEADS and axis[-1].isdigit()}
+    return {axis: heads for axis, heads in same.items() if heads in sizes and field_of(config, axis) is None}
 
 
 def layer_axes(config: Config) -> tuple[str, ...]:

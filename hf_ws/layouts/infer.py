@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -26,9 +26,11 @@ from hf_ws.axes import (
     FFN,
     HEADS,
     HIDDEN,
+    KV_HEADS,
     LAYERS,
     MOE_FFN,
     kind_of,
+    parse,
     split_key,
 )
 from hf_ws.errors import UnsupportedArchitectureError
@@ -36,7 +38,7 @@ from hf_ws.layouts import irregular
 from hf_ws.layouts.explain import ATTENTION, Explain, visible_sizes
 from hf_ws.layouts.miniature import apart, build_on_meta, miniatures
 from hf_ws.layouts.stacks import Stacks, generic, kinds_of
-from hf_ws.sizes import field_of, layer_axes, resize, sizes_of
+from hf_ws.sizes import field_of, layer_axes, regrouped, resize, sizes_of
 
 _OUTPUT = re.compile(
     r"o_proj|out_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|projection|output_proj|"
@@ -196,6 +198,8 @@ def _choices(
         else:
             lying.setdefault(generic(name, stacks)[0], {})[name] = choice
     choices: dict[str, Choice] = {}
+    if regrouped(model.config):
+        lying = _agreeing(lying)
     for pattern, own in lying.items():
         if len({*own.values()}) > 1:
             layers = {name: generic(name, stacks)[1] for name in own}
@@ -204,6 +208,41 @@ def _choices(
                 return _choices(model, shapes, stacks, explain)
         choices |= {generic(name, stacks)[0]: choice for name, choice in own.items()}
     return choices, unexplained
+
+
+def _agreeing(lying: Mapping[str, dict[str, Choice]]) -> dict[str, dict[str, Choice]]:
+    """The same, with those heads first everywhere in an attention whose groups its keys have.
+
+    Where some layers group as many heads otherwise, lengths do not tell `heads` from `heads.1`, but `kv_heads.1` do.
+    """
+    stages: dict[str, set[str]] = {}
+    for name, choice in ((name, choice) for own in lying.values() for name, choice in own.items()):
+        for dim in choice.dims:
+            likely = {_stage(axis) for axis in parse(dim[0])[0].axes if kind_of(axis) == KV_HEADS}
+            stages.setdefault(_module_of(name), set()).update(likely)
+
+    def off(text: str, stage: str) -> bool:
+        return any(_stage(axis) != stage for axis in parse(text)[0].axes if kind_of(axis) == HEADS)
+
+    def agreed(name: str, choice: Choice) -> Choice:
+        own = stages.get(_module_of(name), set())
+        if len(own) != 1:
+            return choice
+        dims = tuple(tuple(sorted(dim, key=lambda text: off(text, min(own)))) for dim in choice.dims)
+        return replace(choice, dims=dims)
+
+    return {
+        pattern: {name: agreed(name, choice) for name, choice in own.items()}
+        for pattern, own in lying.items()
+    }
+
+
+def _stage(axis: str) -> str:
+    return axis.rpartition(kind_of(axis))[2]
+
+
+def _module_of(name: str) -> str:
+    return ".".join(name.split(".")[:-2])
 
 
 def _part_first(stacks: Stacks, stack: str) -> None:

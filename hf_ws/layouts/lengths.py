@@ -37,6 +37,7 @@ from hf_ws.sizes import (
     field_of,
     near,
     owner,
+    regrouped,
     sizes_of,
 )
 
@@ -114,6 +115,9 @@ def lengths(
         if (getattr(owner(config, axis), "n_group", None) or 1) > 1:  # routed by groups: as many in each
             sizes[axis] = GROUPED * (3 if table is SIZES[0] else 5)
     sizes |= fixed
+    same = regrouped(config)
+    for axis, heads in same.items():
+        sizes[axis] = sizes[heads]
     coupled: dict[str, set[int]] = {}
     for axis in [axis for axis in source if kind_of(axis) == HEADS and axis in sizes]:
         head_dim, hidden = near(axis, HEAD_DIM, source), near(axis, HIDDEN, source)
@@ -133,7 +137,8 @@ def lengths(
         if tight and not whole and hidden and head_dim:
             _couple_by_factor(axis, head_dim, hidden, source, sizes, {*fixed, *coupled})
             coupled.setdefault(hidden, set()).add(sizes[axis])
-        _couple_stages(axis, hidden, source, sizes, fixed, table is SIZES[1])
+        if axis not in same:
+            _couple_stages(axis, hidden, source, sizes, fixed, table is SIZES[1])
         groups = sibling(axis, KV_HEADS)
         if groups not in source:
             continue
@@ -141,7 +146,8 @@ def lengths(
         if field_of(config, groups) is None or (own_keys and source[groups] == source[axis]):
             sizes[groups] = sizes[axis]
         elif sizes[axis] % sizes[groups] and groups not in fixed:
-            sizes[groups] = max(d for d in range(1, sizes[axis]) if sizes[axis] % d == 0)
+            taken = sizes[sibling(same[axis], KV_HEADS)] if axis in same else 0
+            sizes[groups] = max(d for d in range(1, sizes[axis]) if sizes[axis] % d == 0 and d != taken)
     for axis in [axis for axis in source if kind_of(axis) in (EMBEDDING, INNER)]:
         if (hidden := near(axis, HIDDEN, source)) and source[axis] % source[hidden] == 0:
             sizes[axis] = sizes[hidden] * (source[axis] // source[hidden])
