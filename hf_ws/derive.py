@@ -135,12 +135,8 @@ def read_request(
         elif isinstance(spelled.get(name), list):
             rest |= _staged(name, value, spelled[name], sizes)
         elif isinstance(own_axis := spelled.get(name), str):
-            times = 1 if name == own_axis or own_axis not in own else places(config)[own_axis][0].times
-            if times > 1 and isinstance(value, int):
-                if value % times:
-                    raise PlanError(f"{name}={value} is no multiple of {times}: it counts gates as well")
-                value //= times
-            if value is not None and sizes.setdefault(own_axis, value) != value:
+            size = None if value is None else _in_units(config, own_axis, name, value)
+            if size is not None and sizes.setdefault(own_axis, size) != size:
                 raise PlanError(f"{own_axis} is given twice: {own_axis}={sizes[own_axis]} and {name}={value}")
         elif name in spelled:
             rest[_own_name(config, name)] = value
@@ -149,6 +145,20 @@ def read_request(
             hint = f"; did you mean {near_by[0]!r}?" if near_by else ""
             raise PlanError(f"{type(config).__name__} has no field {name!r}{hint}")
     return sizes, rest
+
+
+def _in_units(config: Config, axis: str, name: str, value: int) -> int:
+    """A field's value as the length of its axis, which may stand there several times."""
+    times = next(
+        (p.times for p in places(config).get(axis, ()) if name in (p.field, _own_name(config, name))), 1
+    )
+    if name == axis or times == 1:
+        return value
+    if value % times:
+        raise PlanError(
+            f"{name}={value} is no multiple of {times}, and {type(config).__name__} stores {axis} so"
+        )
+    return value // times
 
 
 def _spellings(config: Config) -> dict[str, Any]:

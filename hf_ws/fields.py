@@ -167,9 +167,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
 BY_MODALITY = frozenset({("ernie4_5_vl_moe_text", "moe_intermediate_size")})
 """Lists with an entry for words and one for patches, in every layer: however many layers there are."""
 
-GATED = frozenset((family, "ffn_dim") for family in ("kyutai_speech_to_text", "moshi", "moshi_depth"))
-"""Fields that count the neurons of an FFN together with their gates, so twice."""
-
 SIZE_FIELDS = frozenset(name for names in FIELDS.values() for name in names)
 
 
@@ -234,6 +231,7 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     },
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},
+    "convbert": {HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads},
     "mimo_v2_flash": {f"{KV_HEADS}.1": lambda config: 2 * config.num_key_value_heads},  # of a window
     "zamba": {
         "mamba.head_dim": lambda config: config.mamba_expand * config.hidden_size // config.n_mamba_heads
@@ -276,6 +274,18 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
 Where there is a `unit`, every `hidden` in a tensor is so many units, side by side.
 """
 
+
+MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
+    ("convbert", "num_attention_heads"): lambda config: config.head_ratio,  # the rest is convolved
+    ("diffllama", "num_attention_heads"): lambda config: 2,  # of two heads the difference is taken
+    ("diffllama", "num_key_value_heads"): lambda config: 2,
+    **{  # the gate and what it lets through
+        (family, "ffn_dim"): lambda config: 2
+        for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
+    },
+    ("recurrent_gemma", "intermediate_size"): lambda config: 2,
+}
+"""Fields that say so many times the length of an axis: of what must go together there are that many."""
 
 MIXERS = ("mamba", "linear", "index")
 """Scopes of what is in a layer beside its attention."""

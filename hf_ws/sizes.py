@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import fields as declared
 from functools import cache
 from typing import Any
@@ -33,7 +33,7 @@ from hf_ws.axes import (
     kind_of,
     sibling,
 )
-from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, GATED, MIXERS, PARTS, SIZE_FIELDS
+from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, MIXERS, MULTIPLES, PARTS, SIZE_FIELDS
 from hf_ws.followers import FOLLOWERS
 from hf_ws.perlayer import follow_layers
 
@@ -50,7 +50,7 @@ class Place:
     layer: int | None = None
     """In the exceptions that `per_layer_config` makes for one layer."""
     times: int = 1
-    """What stands there is so many times the size."""
+    """How many times the axis's length stands there."""
 
     def read(self, config: Config) -> Any:
         """What stands there."""
@@ -58,7 +58,7 @@ class Place:
         own = vars(node) if self.layer is None else _exceptions(node)[self.layer]
         value = own[self.field] if self.field in own else getattr(node, self.field)
         value = value if self.index is None else value[self.index]
-        return value if self.times == 1 or value is None else value // self.times
+        return value if value is None or self.times == 1 else value // self.times
 
     def write(self, values: dict[str, Any], size: int) -> None:
         """Put a size there, in the dict that `to_dict` gives."""
@@ -66,8 +66,9 @@ class Place:
         if self.layer is not None:
             layers = values["per_layer_config"]
             values = layers[next(key for key in layers if int(key) == self.layer)]
+        size *= self.times
         if self.index is None:
-            values[self.field] = size * self.times
+            values[self.field] = size
         else:
             values[self.field] = [*values[self.field]]
             values[self.field][self.index] = size
@@ -150,7 +151,7 @@ def _own_places(
                     for i in range(len(value)):
                         found.setdefault(f"{axis}.{i}", []).append(Place(path, name, i))
             elif value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-                times = 2 if (node.model_type, name) in GATED else 1
+                times = MULTIPLES.get((node.model_type, name), lambda _: 1)(node)
                 found.setdefault(axis, []).append(Place(path, name, times=times))
         exceptions = [(at, own) for at, own in _exceptions(node).items() if own.keys() & {*names}]
         places = [(own[n], Place(path, n, None, at)) for at, own in exceptions for n in names if n in own]
@@ -211,7 +212,7 @@ def _same(node: Config, own: list[Place]) -> tuple[Place, ...]:
     """The first place, and those that repeat what it says."""
 
     def value(place: Place) -> Any:
-        return Place((), place.field, place.index, place.layer).read(node)
+        return replace(place, path=()).read(node)
 
     first = value(own[0])
     return tuple(p for i, p in enumerate(own) if i == 0 or (first is not None and value(p) == first))

@@ -22,7 +22,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": Open({"full_attention": _ROPE})},
     "deepseek_v2": {"num_experts_per_tok": Open(2)},
     "diffllama": {
-        "num_attention_heads": Each(12, 8),
+        "num_attention_heads": Each(18, 16),
         "num_key_value_heads": Each(6, 4),
     },  # its heads come in pairs
     "dots1": {"num_experts_per_tok": Open(2), "n_routed_experts": Open(8), "n_shared_experts": Open(1)},
@@ -46,7 +46,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "musicgen_decoder": {"num_codebooks": 3},
     "musicgen_melody_decoder": {"num_codebooks": 3},
     "zamba": {"n_mamba_heads": 2},
-    "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are replaced by convolutions
+    "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are convolutions
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8},  # which the class reads
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "xlstm": {
