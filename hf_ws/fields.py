@@ -99,7 +99,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     MOE_FFN: ("moe_intermediate_size", "expert_ffn_hidden_size"),
     SHARED_FFN: ("shared_expert_intermediate_size", "shared_intermediate_size"),
-    INNER: ("lru_width", "attention_hidden_size", "ple_embed_dim"),
+    INNER: ("attention_hidden_size", "ple_embed_dim"),
     EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     STATE: ("state_size", "mamba_d_state", "ssm_state_size"),
     RANK: ("time_step_rank", "mamba_dt_rank"),

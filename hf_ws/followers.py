@@ -16,6 +16,7 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any]] = {
     ("longcat_flash", "qk_head_dim"): lambda v: v["qk_nope_head_dim"] + v["qk_rope_head_dim"],
     ("longcat_flash", "head_dim"): "qk_rope_head_dim",
     ("falcon_h1", "mamba_d_ssm"): lambda v: v["mamba_d_ssm"] and v["mamba_n_heads"] * v["mamba_d_head"],
+    ("recurrent_gemma", "lru_width"): "hidden_size",
     ("pocket_tts", "flow_head_config.condition_dim"): "hidden_size",
     ("gradium_phonon_tts", "flow_head_config.condition_dim"): "hidden_size",
     ("dbrx", "ffn_config.hidden_size"): "d_model",

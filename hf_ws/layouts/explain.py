@@ -60,8 +60,8 @@ MORE = 50
 """How many rows a table may have after one for each token, or a router after one for each expert, in a miniature."""
 
 
-ATTENTION = re.compile(r"attn|attention")
-"""What an attention's module is called."""
+ATTENTION = re.compile(r"attn|attention|recurrentblock")
+"""What an attention's module is called, or one in its place whose state is in heads."""
 
 
 class Explain:
