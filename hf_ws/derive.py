@@ -149,15 +149,12 @@ def read_request(
 
 def _in_units(config: Config, axis: str, name: str, value: int) -> int:
     """A field's value as the length of its axis, which may stand there several times."""
-    times = next(
-        (p.times for p in places(config).get(axis, ()) if name in (p.field, _own_name(config, name))), 1
-    )
-    if name == axis or times == 1:
+    if name == axis:
         return value
+    own = _own_name(config, name).rpartition(".")[2]
+    times = next((place.times for place in places(config).get(axis, ()) if place.field == own), 1)
     if value % times:
-        raise PlanError(
-            f"{name}={value} is no multiple of {times}, and {type(config).__name__} stores {axis} so"
-        )
+        raise PlanError(f"{name}={value} is no multiple of {times}: {type(config).__name__} stores {axis} so")
     return value // times
 
 

@@ -9,16 +9,24 @@ from hf_ws.fields import BY_MODALITY
 
 
 def follow_layers(
-    values: dict[str, Any], kept: Sequence[int], layers: int, sizes: Collection[str] = ()
+    values: dict[str, Any],
+    kept: Sequence[int],
+    layers: int,
+    sizes: Collection[str] = (),
+    *,
+    decoder: bool = False,
 ) -> None:
     """Every per-layer entry of a config's dict rewritten for the kept layers, in place.
 
-    `sizes` are the names of the fields that are sizes; a list of them may say one for each layer.
+    `sizes` are the names of the fields that are sizes; a list of them may say one for each layer. Layers of a
+    `decoder` that share the config with an encoder's leave alone what is the encoder's.
     """
     for name, value in values.items():
         if not isinstance(value, list | tuple) or (
             name == "mlp_only_layers" and "decoder_sparse_step" in values
         ):
+            continue
+        if decoder and name in ENCODERS:
             continue
         if _counts_layers(name, value, layers):  # which layers are of a kind
             values[name] = [j for j, i in enumerate(kept) if i in value]
@@ -67,12 +75,17 @@ TRAILING = {"num_kv_shared_layers", "num_timestamp_prediction_layers"}
 """Fields that say how many layers, from the last on, are of a kind."""
 
 
+ENCODERS = {"attention_window"}
+"""Lists with one entry per layer that are about the encoder's layers alone (LED)."""
+
 LEVELS = {"encode_proj_layers", "target_layer_ids"}
 """Fields that number levels of features, or layers of another model, whatever they are called."""
 
 
 def _tells_layers(name: str) -> bool:
-    return name not in LEVELS and any(part in name for part in ("layer", "pattern", "_types"))
+    return name not in LEVELS and any(
+        part in name for part in ("layer", "pattern", "_types", "attention_window")
+    )
 
 
 def _counts_layers(name: str, value: Sequence[Any], layers: int) -> bool:

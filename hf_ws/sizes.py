@@ -329,7 +329,9 @@ def resize(
             place.write(values, size)
     for axis, layers in (kept or {}).items():
         if found[axis][0].index is None:  # a list with one entry per stage says nothing of a stage's layers
-            follow_layers(_node(values, found[axis][0].path), layers, known[axis], SIZE_FIELDS)
+            own = _node(values, found[axis][0].path)
+            decoder = axis.rpartition(LAYERS)[0].endswith("decoder.")
+            follow_layers(own, layers, known[axis], SIZE_FIELDS, decoder=decoder)
     _forget_computed(config, values)
     _turn_the_same_part(config, values)
     if sizes.get(LABELS, known.get(LABELS)) != known.get(LABELS):

@@ -36,7 +36,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
     },
     "hrm_text": {"H_cycles": 2, "L_cycles": 1},
-    "led": {"attention_window": [4, 4, 4]},
+    "led": {"attention_window": 4},
     "canine": {"num_hash_buckets": 64},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "blt_local_encoder": {"hidden_size": Each(120, 144), "num_attention_heads": Each(10, 9)},
@@ -87,7 +87,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 2,
     },
     "lfm2_moe": {"layer_types": Open(["conv", "full_attention"] * 16)},
-    "longformer": {"attention_window": [4, 4, 4]},
+    "longformer": {"attention_window": 4},
     "reformer": {
         "hidden_size": Each(135, 147),
         "axial_pos_embds_dim": Each((50, 85), (60, 87)),
