@@ -284,6 +284,8 @@ MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
         for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
     },
     ("recurrent_gemma", "intermediate_size"): lambda config: 2,
+    ("zaya", "num_attention_heads"): lambda config: 2,  # half of the values are those of the token before
+    ("zaya", "num_key_value_heads"): lambda config: 2,
 }
 """Fields that say so many times the length of an axis: of what must go together there are that many."""
 

@@ -13,7 +13,13 @@ from hf_ws.layouts.zoo.draw import Each, Open, floats, ids
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
+_PAIRS = {"num_attention_heads": Each(18, 16), "num_key_value_heads": Each(6, 4)}
+"""Heads that come in pairs, more than two of them to a key/value pair."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {}
+
 FIELDS: dict[str, dict[str, Any]] = {
+    "zaya": _PAIRS,
     "bailing_hybrid": {
         "linear_head_dim": Each(24, 16)
     },  # a field that its class computes, but does not enforce
@@ -21,10 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "codegen": {"num_attention_heads": Each(12, 8)},  # its heads come in fours
     "cohere_compass_text": {"rope_parameters": Open({"full_attention": _ROPE})},
     "deepseek_v2": {"num_experts_per_tok": Open(2)},
-    "diffllama": {
-        "num_attention_heads": Each(18, 16),
-        "num_key_value_heads": Each(6, 4),
-    },  # its heads come in pairs
+    "diffllama": _PAIRS,
     "dots1": {"num_experts_per_tok": Open(2), "n_routed_experts": Open(8), "n_shared_experts": Open(1)},
     "esm": {"vocab_size": Open(33), "pad_token_id": Open(1), "mask_token_id": Open(32)},
     "granitemoehybrid": {"layer_types": lambda config: config.layer_types or ["mamba", "attention"] * 16},
