@@ -135,8 +135,8 @@ def read_request(
         elif isinstance(spelled.get(name), list):
             rest |= _staged(name, value, spelled[name], sizes)
         elif isinstance(own_axis := spelled.get(name), str):
-            size = None if value is None else _in_units(config, own_axis, name, value)
-            if size is not None and sizes.setdefault(own_axis, size) != size:
+            length = None if value is None else _in_units(config, own_axis, name, value)
+            if length is not None and sizes.setdefault(own_axis, length) != length:
                 raise PlanError(f"{own_axis} is given twice: {own_axis}={sizes[own_axis]} and {name}={value}")
         elif name in spelled:
             rest[_own_name(config, name)] = value

@@ -71,6 +71,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "num_attention_heads_per_stage",
         "conf_num_attention_heads",
         "resampler_n_heads",
+        "o_groups",
     ),
     KV_HEADS: ("num_key_value_heads", "num_kv_heads", "n_groups"),
     HEAD_DIM: (
@@ -277,11 +278,11 @@ Where there is a `unit`, every `hidden` in a tensor is so many units, side by si
 
 MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
     ("convbert", "num_attention_heads"): lambda config: config.head_ratio,  # the rest is convolved
+    ("deepseek_v4", "num_attention_heads"): lambda c: c.num_attention_heads // c.o_groups,  # mixed by group
     ("diffllama", "num_attention_heads"): lambda config: 2,  # of two heads the difference is taken
     ("diffllama", "num_key_value_heads"): lambda config: 2,
     **{  # the gate and what it lets through
-        (family, "ffn_dim"): lambda config: 2
-        for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
+        (family, "ffn_dim"): lambda config: 2 for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
     },
     ("recurrent_gemma", "intermediate_size"): lambda config: 2,
     ("zaya", "num_attention_heads"): lambda config: 2,  # half of the values are those of the token before

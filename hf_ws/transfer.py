@@ -207,6 +207,11 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: 
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
             else:
                 buffer._is_hf_initialized = True
+    for (
+        module
+    ) in model.modules():  # some classes write single elements in place, whatever the tensor's mark says
+        own = [*module.parameters(), *module.buffers()]
+        module._is_hf_initialized = bool(own) and all(hasattr(t, "_is_hf_initialized") for t in own)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: no accelerator's is forked
         model.initialize_weights()

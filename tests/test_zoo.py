@@ -54,6 +54,10 @@ WITHOUT_CACHE: Mapping[str, str] = {
 """Decoders that are not asked for the same text with and without a cache, and why."""
 
 
+OVERWRITTEN: Mapping[str, str] = {"zaya": "balancing_biases"}
+"""Buffers whose last element the stock class sets to one number whenever it loads, whatever a checkpoint says."""
+
+
 @dataclass
 class Case:
     """One model type."""
@@ -76,6 +80,9 @@ class Case:
         with torch.no_grad():
             run.perturbed(made)
         made.load_state_dict(computed, strict=False)
+        for name, buffer in made.named_buffers():
+            if name.endswith(OVERWRITTEN.get(self.name, "*")):
+                buffer[-1] = -1.0
         key = (model_class, json.dumps(made.config.to_dict(), sort_keys=True, default=str))
         _CERTIFICATES[key] = _anchored(certify(model_class, config), model_class, made.config)
         return made

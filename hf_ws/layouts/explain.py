@@ -140,10 +140,12 @@ class Explain:
             factors = text.split()
             number, rest = divmod(size, here)
             if not rest and number * there == other:
-                spellings = {
-                    _product(p) for p in permutations([*([str(number)] if number > 1 else []), *factors])
-                }
-                likely = _product([*([str(number)] if number > 1 else []), *factors])
+                own = [*([str(number)] if number > 1 else []), *factors]
+                spellings = {_product(p) for p in permutations(own)}
+                wide = (
+                    number > 3 and kind_of(text) == HEADS
+                )  # so many channels of each head, rather than q, k, v
+                likely = _product(sorted(own, key=str.isdigit) if wide else own)
                 for spelled in sorted(spellings):
                     found[spelled] = self._rank(text, number, spelled != likely, inner, name)
         for spelled, here, there in self._sums:

@@ -202,8 +202,8 @@ def _choices(
         lying = _agreeing(lying)
     for pattern, own in lying.items():
         if len({*own.values()}) > 1:
-            layers = {name: generic(name, stacks)[1] for name in own}
-            if not stacks.part(pattern, {split_key(layers[name])[1]: own[name] for name in own}):
+            by_layer = {split_key(generic(name, stacks)[1] or 0)[1]: way for name, way in own.items()}
+            if not stacks.part(pattern, by_layer):
                 _part_first(stacks, pattern.partition(".*")[0])
                 return _choices(model, shapes, stacks, explain)
         choices |= {generic(name, stacks)[0]: choice for name, choice in own.items()}

@@ -116,8 +116,7 @@ def lengths(
             sizes[axis] = GROUPED * (3 if table is SIZES[0] else 5)
     sizes |= fixed
     same = regrouped(config)
-    for axis, heads in same.items():
-        sizes[axis] = sizes[heads]
+    sizes |= {axis: sizes[other] for axis, other in same.items()}
     coupled: dict[str, set[int]] = {}
     for axis in [axis for axis in source if kind_of(axis) == HEADS and axis in sizes]:
         head_dim, hidden = near(axis, HEAD_DIM, source), near(axis, HIDDEN, source)

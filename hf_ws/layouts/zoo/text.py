@@ -66,7 +66,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": Open(128)},
     "hunyuan_v1_moe": {"head_dim": Open(128)},
     "cpmant": {"prompt_length": 4, "prompt_types": 5, "segment_types": 6, "position_bias_num_buckets": 40},
-    "deepseek_v4": {"compress_rates": lambda config: dict.fromkeys(config.compress_rates, 2)},
+    "deepseek_v4": {
+        "compress_rates": lambda config: dict.fromkeys(config.compress_rates, 2),
+        "num_attention_heads": Each(15, 21),
+        "o_groups": Each(5, 7),
+        "o_lora_rank": 20,
+    },
     "markuplm": {
         "max_depth": 5,
         "max_xpath_tag_unit_embeddings": 20,
