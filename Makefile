@@ -1,5 +1,5 @@
 # demo: the main job on real input.  test: all tests.  floor: the core tests on the oldest Transformers.
-# check: style, types, arrows.  bench: the transfer benchmark.
+# zero: the recipe under DeepSpeed, on the CPU.  check: style, types, arrows.  bench: the transfer benchmark.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,7 +11,7 @@ FLOOR := transformers==$(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' p
 	tokenizers==0.22.2 huggingface_hub==1.33.0
 CORE := $(foreach name,laws certify axes sizes plan methods store store_refusals,tests/test_$(name).py)
 
-.PHONY: demo test floor check bench
+.PHONY: demo test floor zero check bench
 
 demo: $(STAMP)
 	$(BIN)/python recipes/demo/demo.py $(if $(SOURCE),--source $(SOURCE))
@@ -22,6 +22,13 @@ test: $(STAMP)
 
 floor: $(FLOOR_STAMP)
 	OMP_NUM_THREADS=1 $(FLOOR_BIN)/python -m pytest -n 2 $(CORE)
+
+# In a folder of its own, for where DeepSpeed is installed Transformers imports it in every process.
+zero: $(STAMP)
+	test -d .venv/deepspeed/deepspeed || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv/deepspeed deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops pydantic pydantic-core \
+		annotated-types typing-inspection
+	$(BIN)/python -m pytest -m deepspeed tests/test_engines.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_ws.distill.tokens import Head
@@ -22,7 +23,10 @@ def head_of(model: PreTrainedModel) -> Head | None:
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return Head(module.weight, module.bias, float(scale), cap)
+    weight = (
+        module.weight.full_tensor() if isinstance(module.weight, DTensor) else module.weight
+    )  # a shard's whole
+    return Head(weight, module.bias, float(scale), cap)
 
 
 @contextmanager
@@ -32,7 +36,7 @@ def beheaded(model: PreTrainedModel, reads: Callable[[Tensor], None]) -> Iterato
 
     def forward(hidden: Tensor) -> Tensor:
         reads(hidden)
-        return hidden[..., :1]
+        return hidden[..., :1].clone()
 
     head.forward = forward
     try:

@@ -37,6 +37,7 @@ from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
 from hf_ws.training.objective import Objective
+from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
 
 if TYPE_CHECKING:
     import datasets
@@ -106,8 +107,8 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    state = PartialState(cpu=_on_cpu())
-    if state.num_processes == 1 and _on_cpu() and "MASTER_ADDR" in os.environ:
+    state = PartialState(**engine())
+    if state.num_processes == 1 and on_cpu() and "MASTER_ADDR" in os.environ:
         logger.warning(
             "one process runs: `accelerate launch --cpu` leaves several to mpirun; see recipes/accelerate"
         )
@@ -160,18 +161,23 @@ class _Trainer(Trainer):
     def __init__(self, *, job: Job, **options: Any) -> None:
         super().__init__(**options)
         self.job = job
-        if job.teacher is not None:
-            job.teacher.to(self.args.device)
+        teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
         batch = job.task.batch([Placed(job.blocks, [0])[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
         self.objective = Objective(
-            job.config, job.model, job.teacher, job.plan, shifts=job.task.shifts, batch=batch
+            job.config, job.model, teacher, job.plan, shifts=job.task.shifts, batch=batch
         )
-        self.model_accepts_loss_kwargs = (
-            True  # the objective takes the count of labels, so nothing is divided again
-        )
+        if logits_whole(self.accelerator):
+            self.objective.apart = False
+        # The objective takes the count of labels, so nothing is divided again.
+        self.model_accepts_loss_kwargs = True
         self._parts: dict[str, Tensor] = {}
         self._batches = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Transformers does it; and FSDP2 where it was asked for and there are only CPUs."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled |= split_on_cpu(self.accelerator)
 
     def compute_loss(
         self,
@@ -264,7 +270,8 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
         adam_epsilon=config.adam_epsilon,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        use_cpu=_on_cpu(),
+        use_cpu=engine().get("cpu", False),
+        ddp_backend=engine().get("backend"),
         seed=config.seed,
         train_sampling_strategy="sequential",
         eval_strategy="steps" if evaluates else "no",
@@ -278,7 +285,7 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
         logging_nan_inf_filter=False,  # it would log a NaN as 0.0
         report_to=config.report_to or "none",
         disable_tqdm=not config.progress,
-        dataloader_pin_memory=not _on_cpu(),
+        dataloader_pin_memory=not on_cpu(),
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         remove_unused_columns=False,  # the task makes the batch
@@ -288,7 +295,7 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
 def _precision(config: TrainConfig) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "fp32")
     if config.precision == "auto":
-        has_bf16 = not _on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        has_bf16 = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return "bf16" if launched == "fp32" and has_bf16 else launched
     if launched not in ("fp32", config.precision):
         raise PlanError(
@@ -296,11 +303,6 @@ def _precision(config: TrainConfig) -> str:
             f"drop one, or launch with --mixed_precision {config.precision.replace('fp32', 'no')}"
         )
     return config.precision
-
-
-def _on_cpu() -> bool:
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return told or not torch.accelerator.is_available()
 
 
 @contextmanager
