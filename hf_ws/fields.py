@@ -224,6 +224,10 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     "resnet": _of_stages(lambda config, width: width // 4),
     **{family: {WAVES: lambda config: config.hidden_size // 2} for family in SINES},
     "bloom": {FFN: lambda config: 4 * config.hidden_size},
+    "granite4_vision": {
+        "qformer_config.heads": lambda config: config.qformer_config.num_attention_heads,
+        "qformer_config.head_dim": lambda config: 64,
+    },
     "fun_asr_nano": {
         "adaptor_config.ffn": lambda config: config.adaptor_config.intermediate_size,
         "adaptor_config.head_dim": lambda config: (

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+
+
+class Whole(NamedTuple):
+    """A function of the whole family's dict, for a field in one of its parts."""
+
+    of: Callable[[dict[str, Any]], Any]
+
+
+def _joined(v: dict[str, Any]) -> list[int]:
+    """The channels of a first tower, of which the last are the stream of the second."""
+    towers = v["vision_config"]
+    return [*towers["sam_config"]["downsample_channels"][:-1], towers["encoder_config"]["hidden_size"]]
+
 
 _DETECTOR = ("geometry_encoder", "detr_encoder", "detr_decoder")
 
-FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any]] = {
+FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] = {
+    **{
+        (family, "vision_config.sam_config.downsample_channels"): Whole(_joined)
+        for family in ("deepseek_ocr2", "unlimited_ocr")
+    },
+    ("granite4_vision", "qformer_config.hidden_size"): "vision_config.hidden_size",
+    ("granite4_vision", "qformer_config.num_attention_heads"): Whole(
+        lambda v: v["vision_config"]["hidden_size"] // 64
+    ),
     ("hrm_text", "num_hidden_layers"): lambda v: (
         v["num_layers_per_stack"] * v["H_cycles"] * (v["L_cycles"] + 1)
     ),

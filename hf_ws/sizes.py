@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from dataclasses import fields as declared
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from transformers import PreTrainedConfig as Config
@@ -34,7 +34,7 @@ from hf_ws.axes import (
     sibling,
 )
 from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, MIXERS, MULTIPLES, PARTS, SIZE_FIELDS
-from hf_ws.followers import FOLLOWERS
+from hf_ws.followers import FOLLOWERS, Whole
 from hf_ws.perlayer import follow_layers
 
 
@@ -100,15 +100,22 @@ def main_path(config: Config) -> tuple[str, ...]:
     return ()
 
 
-def _following(config: Config) -> dict[tuple[str, ...], tuple[str, ...] | Callable[[dict[str, Any]], int]]:
-    """The way to each field that repeats another, and to that other."""
+def _following(config: Config) -> dict[tuple[str, ...], Callable[[dict[str, Any]], Any]]:
+    """The way to each field that follows others, and what it is by the dict of the whole config."""
     ways = {}
     for path, node in nodes(config):
         for (model_type, name), leader in FOLLOWERS.items():
             if node.model_type == model_type and not getattr(node, "new_decoder_architecture", False):
-                way = (*path, *leader.split(".")) if isinstance(leader, str) else leader
-                ways[*path, *name.split(".")] = way
+                way = (*path, *name.split("."))
+                ways[way] = partial(_led, leader, path, way[:-1])
     return ways
+
+
+def _led(leader: Any, family: Sequence[str], part: Sequence[str], values: dict[str, Any]) -> Any:
+    """What a field follows: another field of its family's config, or a function of that dict or of its own part."""
+    if isinstance(leader, str):
+        return _node(values, (*family, *leader.split(".")))
+    return leader.of(_node(values, family)) if isinstance(leader, Whole) else leader(_node(values, part))
 
 
 def places(config: Config) -> dict[str, tuple[Place, ...]]:
@@ -346,8 +353,7 @@ def resize(
         last = getattr(_node(config, path), "attribute_map", {}).get(last, last)
         _node(values, path)[last] = value
     for (*path, last), leader in _following(config).items():
-        node = _node(values, path)
-        node[last] = leader(node) if callable(leader) else _node(values, leader)
+        _node(values, path)[last] = leader(values)
     return type(config).from_dict(values)
 
 

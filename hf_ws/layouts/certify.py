@@ -76,6 +76,11 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     Raises:
         UnsupportedArchitectureError: a dimension without an explanation, or no axis that could be proven.
     """
+    if model_class.forward is torch.nn.Module.forward:
+        raise UnsupportedArchitectureError(
+            f"{model_class.__name__} has no forward of its own, only those of its parts, so nothing of it can be proven "
+            "as a whole; transfer the parts"
+        )
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _CERTIFICATES:
         try:

@@ -168,6 +168,9 @@ class Explain:
                 and 0 < rest == other - number * there <= 8
             ):
                 found[f"({number} {axis} + {rest})"] = self._rank(axis, number, False, inner, name)
+            elif kind_of(axis) == HIDDEN and " " not in axis and 0 < size - here == other - there:
+                rank = self._rank(axis, 1, False, inner, name)  # a stream and what is as wide in any model of the kind
+                found |= {f"({axis} + {size - here})": rank, f"({size - here} + {axis})": rank}
         return tuple(sorted(found, key=lambda text: (found[text], text)))
 
     def _rank(self, text: str, number: int, odd_order: bool, inner: bool, name: str) -> tuple[int, ...]:

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ws.layouts.zoo import audio, multimodal, text, vision
+from hf_ws.layouts.zoo import audio, multimodal, multimodal_inputs, text, vision
 from hf_ws.layouts.zoo.draw import Each, Open
 
 Inputs = Callable[[PreTrainedModel], Mapping[str, Tensor]]
 
 FIELDS: Mapping[str, Mapping[str, Any]] = text.FIELDS | vision.FIELDS | audio.FIELDS | multimodal.FIELDS
-INPUTS: Mapping[str, Inputs] = text.INPUTS | vision.INPUTS | audio.INPUTS | multimodal.INPUTS
+INPUTS: Mapping[str, Inputs] = text.INPUTS | vision.INPUTS | audio.INPUTS | multimodal_inputs.INPUTS
 TIGHT: Mapping[str, int] = text.TIGHT | multimodal.TIGHT
 """How tight a miniature is at least, where a class notices only when it runs: see `miniature.TIGHTER`."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = multimodal.DEFAULTS

@@ -138,6 +138,8 @@ def images(config: PreTrainedConfig, wanted: set[str]) -> dict[str, Tensor]:
     node = getattr(config, "vision_config", None) or tower(config, "image_size", "patch_size")
     if node is None:
         return {}
+    if not hasattr(node, "patch_size"):  # two towers, one after the other
+        node = tower(node, "patch_size") or node
     channels = getattr(node, "num_channels", None) or getattr(node, "in_channels", None) or 3
     patch = int(_side(getattr(node, "patch_size", 1)) or 1)
     if "image_grid_thw" in wanted:
