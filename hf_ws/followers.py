@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-
 class Whole(NamedTuple):
     """A function of the whole family's dict, for a field in one of its parts."""
 

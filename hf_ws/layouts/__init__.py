@@ -4,7 +4,7 @@ from hf_ws.layouts.certify import Certificate, certify
 from hf_ws.layouts.explain import visible_sizes
 from hf_ws.layouts.infer import Inferred, infer, tensors_of
 from hf_ws.layouts.select import select
-from hf_ws.layouts.stacks import generic, in_layer
+from hf_ws.layouts.stacks import generic, in_layer, stack_of
 
 __all__ = [
     "Certificate",
@@ -14,6 +14,7 @@ __all__ = [
     "in_layer",
     "infer",
     "select",
+    "stack_of",
     "tensors_of",
     "visible_sizes",
 ]

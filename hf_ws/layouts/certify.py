@@ -78,7 +78,7 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     """
     if model_class.forward is torch.nn.Module.forward:
         raise UnsupportedArchitectureError(
-            f"{model_class.__name__} has no forward of its own, only those of its parts, so nothing of it can be proven "
+            f"{model_class.__name__} has no forward of its own, only those of its parts, so nothing is proven "
             "as a whole; transfer the parts"
         )
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))

@@ -37,7 +37,7 @@ from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts import irregular
 from hf_ws.layouts.explain import ATTENTION, Explain, visible_sizes
 from hf_ws.layouts.miniature import apart, build_on_meta, miniatures
-from hf_ws.layouts.stacks import Stacks, generic, kinds_of
+from hf_ws.layouts.stacks import Stacks, generic, kinds_of, stack_of
 from hf_ws.sizes import field_of, layer_axes, regrouped, resize, sizes_of
 
 _OUTPUT = re.compile(
@@ -143,7 +143,7 @@ def _stacks(
     An axis that changes the model otherwise goes into `fixed`; one that does not change it is no axis of this class.
     A tensor's dimension that has as much for each layer goes into `each`, with that axis.
     """
-    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    lists = {name: depth for name, module in model.named_modules() if (depth := _depth(module)) is not None}
     for axis in layer_axes(small):
         depth = sizes_of(small)[axis]
         try:
@@ -154,11 +154,7 @@ def _stacks(
             continue
         found = False
         for name, module in deeper.named_modules():
-            if (
-                name in lists
-                and isinstance(module, nn.ModuleList | nn.Sequential)
-                and len(module) == lists[name] + 1
-            ):
+            if name in lists and _depth(module) == lists[name] + 1:
                 found = True
                 yield name, axis
         shapes, grown = _shapes(model), _shapes(deeper)
@@ -176,6 +172,13 @@ def _of_each_layer(shape: tuple[int, ...], grown: tuple[int, ...], depth: int) -
     """The dimensions that have as much for each of so many layers, as one layer more tells; none if any has not."""
     changed = [at for at, (size, more) in enumerate(zip(shape, grown, strict=True)) if size != more]
     return changed if all(shape[at] * (depth + 1) == grown[at] * depth for at in changed) else []
+
+
+def _depth(module: nn.Module) -> int | None:
+    """How many layers a module may be a stack of: the entries of a list, the layers of an LSTM."""
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        return len(module)
+    return module.num_layers if isinstance(module, nn.RNNBase) else None
 
 
 def _choices(
@@ -204,7 +207,7 @@ def _choices(
         if len({*own.values()}) > 1:
             by_layer = {split_key(generic(name, stacks)[1] or 0)[1]: way for name, way in own.items()}
             if not stacks.part(pattern, by_layer):
-                _part_first(stacks, pattern.partition(".*")[0])
+                _part_first(stacks, stack_of(pattern))
                 return _choices(model, shapes, stacks, explain)
         choices |= {generic(name, stacks)[0]: choice for name, choice in own.items()}
     return choices, unexplained
@@ -247,7 +250,7 @@ def _module_of(name: str) -> str:
 
 def _part_first(stacks: Stacks, stack: str) -> None:
     """Set a stack's first layer apart from the others, or drop the stack where it is already."""
-    stacks.apart = {name: kinds for name, kinds in stacks.apart.items() if not name.startswith(f"{stack}.*")}
+    stacks.apart = {name: kinds for name, kinds in stacks.apart.items() if stack_of(name) != stack}
     if f"{stack}.0" not in stacks:  # the first of a stage halves the picture and doubles the channels
         stacks[f"{stack}.0"] = stacks[stack]
     else:  # its layers differ by number: they stay as many as they are

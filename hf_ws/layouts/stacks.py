@@ -16,6 +16,8 @@ from hf_ws.axes import layer_key, split_key
 from hf_ws.sizes import layer_axes, layer_kinds
 
 _NUMBER = re.compile(r"\*\d*")
+_RECURRENT = re.compile(r"((?:weight|bias)_[ih]h_l)(\d+)")
+"""What an LSTM calls the tensors of its layers: `decoder.lstm.weight_ih_l0`."""
 
 
 class Stacks(dict[str, str]):
@@ -49,7 +51,7 @@ class Stacks(dict[str, str]):
 
     def part(self, pattern: str, lying: Mapping[int, Hashable]) -> bool:
         """Note that a tensor lies so in each layer, by its number; False if that differs within a kind of layers."""
-        kinds = self.kinds.get(self[pattern.partition(".*")[0]], ())
+        kinds = self.kinds.get(self[stack_of(pattern)], ())
         by_kind: dict[int, Hashable] = {}
         for number, way in lying.items():
             if number >= len(kinds) or by_kind.setdefault(kinds[number], way) != way:
@@ -78,6 +80,9 @@ def generic(name: str, stacks: Mapping[str, str]) -> tuple[str, int | str | None
     for stack, axis in stacks.items():
         if name.startswith(f"{stack}.") and not (stack.endswith(".0") and stack[:-2] in stacks):
             number, _, rest = name[len(stack) + 1 :].partition(".")
+            if layer := _RECURRENT.fullmatch(number):
+                pattern, own = f"{stack}.{layer[1]}*", int(layer[2])
+                return f"{pattern}{_mark(pattern, axis, own, stacks)}", layer_key(axis, own)
             if number.isdigit():
                 if number == "0" and f"{stack}.0" in stacks:
                     return name, layer_key(axis, 0)
@@ -94,6 +99,11 @@ def _mark(pattern: str, axis: str, number: int, stacks: Mapping[str, str]) -> st
     kinds, kind_in = stacks.kinds.get(axis, ()), stacks.apart[pattern]
     kind = kind_in.get(kinds[number]) if number < len(kinds) else None
     return "" if kind is None or kind == min(kind_in.values()) else str(kind)
+
+
+def stack_of(pattern: str) -> str:
+    """The module that holds the layers, in a name with the layer's number written `*`."""
+    return pattern.partition("*")[0].rpartition(".")[0]
 
 
 def in_layer(pattern: str, layer: int | str) -> str:

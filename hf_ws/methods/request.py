@@ -29,7 +29,7 @@ from hf_ws.axes import (
     sibling,
 )
 from hf_ws.errors import SizeError
-from hf_ws.layouts import Certificate
+from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.plan import AxisMap, Gather, Plan
@@ -84,7 +84,7 @@ class Request:
         if leader not in self.certificate.layerwise:
             return (axis,)
         stacks = dict.fromkeys(
-            self.certificate.stacks[name.partition(".*")[0]]
+            self.certificate.stacks[stack_of(name)]
             for name, text in self.certificate.layouts.items()
             if any({axis, leader} & set(dim.axes) for dim in parse(text))
         )

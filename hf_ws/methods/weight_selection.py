@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_ws.axes import HEADS, KV_HEADS, kind_of, sibling
 from hf_ws.errors import PlanError
-from hf_ws.layouts import generic, in_layer
+from hf_ws.layouts import generic, in_layer, stack_of
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan
 
@@ -90,7 +90,7 @@ def _target_names(request: Request) -> list[str]:
     names = []
     stacks = request.certificate.stacks.kept(request.layers)
     for pattern in request.certificate.layouts:
-        stack = request.certificate.stacks.get(pattern.partition(".*")[0]) if "*" in pattern else None
+        stack = request.certificate.stacks.get(stack_of(pattern)) if "*" in pattern else None
         if stack is None:
             names.append(pattern)
             continue
