@@ -176,6 +176,7 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ),
     ("glmasr_encoder", "intermediate_size"): lambda v: 4 * v["hidden_size"],
     ("kimi_k25", "projection_hidden_size"): "vision_config.hidden_size",
+    ("muse_spark_audio", "num_hidden_layers"): lambda v: len(v["hidden_sizes"]),  # its stages
     ("muse_spark", "audio_config.out_hidden_size"): "text_config.hidden_size",
     ("dots3_note", "vision_config.adapter_in_dim"): "vision_config.hidden_size",
     ("dots3_note", "vision_config.adapter_out_dim"): "text_config.hidden_size",

@@ -102,7 +102,7 @@ def main_path(config: Config) -> tuple[str, ...]:
 
 def _following(config: Config) -> dict[tuple[str, ...], Callable[[dict[str, Any]], Any]]:
     """The way to each field that follows others, and what it is by the dict of the whole config."""
-    ways = {}
+    ways: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
     for path, node in nodes(config):
         for (model_type, name), leader in FOLLOWERS.items():
             if node.model_type == model_type and not getattr(node, "new_decoder_architecture", False):

@@ -169,8 +169,11 @@ class Explain:
             ):
                 found[f"({number} {axis} + {rest})"] = self._rank(axis, number, False, inner, name)
             elif kind_of(axis) == HIDDEN and " " not in axis and 0 < size - here == other - there:
-                rank = self._rank(axis, 1, False, inner, name)  # a stream and what is as wide in any model of the kind
-                found |= {f"({axis} + {size - here})": rank, f"({size - here} + {axis})": rank}
+                rest, before = size - here, self._rank(axis, 1, True, inner, name)
+                found[f"({axis} + {rest})"] = self._rank(
+                    axis, 1, False, inner, name
+                )  # and what any model has beside
+                found[f"({rest} + {axis})"] = before
         return tuple(sorted(found, key=lambda text: (found[text], text)))
 
     def _rank(self, text: str, number: int, odd_order: bool, inner: bool, name: str) -> tuple[int, ...]:

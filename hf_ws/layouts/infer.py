@@ -194,7 +194,7 @@ def _choices(
         module = model.get_submodule(
             name.rpartition(".")[0].partition(".parametrizations")[0]
         )  # not what norms it
-        whole = type(model.get_submodule(".".join(name.split(".")[:-2]))).__name__
+        whole = model.get_submodule(".".join(name.split(".")[:-2]))
         choice = _choice(name, module, whole, tensor, shapes[1].get(name), explain, model.config)
         if isinstance(choice, int):
             unexplained[name] = choice
@@ -260,7 +260,7 @@ def _part_first(stacks: Stacks, stack: str) -> None:
 def _choice(
     name: str,
     module: nn.Module,
-    whole: str,
+    whole: nn.Module,
     tensor: torch.Tensor,
     other: tuple[int, ...] | None,
     explain: Explain,
@@ -329,13 +329,17 @@ def _reading(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int | 
     return (last, None, before)
 
 
-def _is_inner(module: nn.Module, whole: str, name: str, reads: bool) -> bool:
+def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bool:
     """Whether this dimension of an attention's tensor lies on the heads' side, not the residual stream's.
 
     An attention is called so, or the class of what the module is a direct part of, the `whole`, is.
     """
     path = name.split(".")
-    if not ATTENTION.search(".".join([*path[:-1], whole]).lower()):
+    if not ATTENTION.search(".".join([*path[:-1], type(whole).__name__]).lower()):
+        return False
+    if isinstance(module, nn.MultiheadAttention):  # all its heads' queries, keys and values
+        return not reads
+    if any(isinstance(part, nn.MultiheadAttention) for part in whole.children()):  # which has the heads
         return False
     leaf = next(
         part for part in reversed(path[:-1]) if not part.isdigit() and part != "linear"

@@ -102,15 +102,14 @@ def lengths(
         tight: How much to tie, less than `miniature.TIGHTER`.
     """
     source = sizes_of(config)
-    scopes: dict[str, int] = {}
+    stacks = _stacks(source)
     sizes: dict[str, int] = {}
     for axis in source:
         kind = kind_of(axis)
         scope, _, stage = axis.rpartition(kind)
-        at = scopes.setdefault(f"{scope}{stage}", len(scopes))
         if kind in table:
             row = table[kind]
-            sizes[axis] = row[at % len(row)]
+            sizes[axis] = row[stacks.index(f"{scope}{stage}") % len(row)]
     for axis in [axis for axis in sizes if kind_of(axis) == EXPERTS]:
         if (getattr(owner(config, axis), "n_group", None) or 1) > 1:  # routed by groups: as many in each
             sizes[axis] = GROUPED * (3 if table is SIZES[0] else 5)
@@ -166,6 +165,18 @@ def lengths(
         if heads := near(axis, HEADS, sizes):
             sizes[axis] = next(d for d in range(2, sizes[heads] + 1) if sizes[heads] % d == 0)
     return sizes
+
+
+def _stacks(source: Mapping[str, int]) -> list[str]:
+    """The stacks and stages that have sizes of their own; of very many, those with heads first.
+
+    The table has an end, and from there on lengths repeat: heads of two stacks must not be told apart by nothing.
+    """
+    found = list(dict.fromkeys("".join(axis.rpartition(kind_of(axis))[::2]) for axis in source))
+    if len(found) <= len(SIZES[0][HEADS]):
+        return found
+    headed = {"".join(axis.rpartition(HEADS)[::2]) for axis in source if kind_of(axis) == HEADS}
+    return sorted(found, key=lambda stack: stack not in headed)
 
 
 GROUPED = 3

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations, islice, product
+from itertools import islice, product
 
 import numpy as np
 import torch
@@ -49,9 +49,10 @@ from hf_ws.axes import (
 )
 from hf_ws.layouts import ordered, run
 from hf_ws.layouts.explain import streams
-from hf_ws.layouts.infer import Choice, Inferred, tensors_of
+from hf_ws.layouts.infer import Inferred, tensors_of
 from hf_ws.layouts.miniature import RESERVED, inputs
 from hf_ws.layouts.outputs import Maps, distance, renumbered
+from hf_ws.layouts.search import alternatives
 from hf_ws.layouts.select import select
 from hf_ws.layouts.stacks import generic
 from hf_ws.sizes import owner, resize, sizes_of
@@ -217,7 +218,7 @@ def _by_permutation(bench: _Bench) -> tuple[dict[str, str], dict[str, float]]:
     tries = 0
     limit = bench.tries
     while failed and tries < limit:
-        for other in islice(_alternatives(choices, picks, failed, set(errors) - failed), limit - tries):
+        for other in islice(alternatives(choices, picks, failed, set(errors) - failed), limit - tries):
             tries += 1
             tried = {**layouts, **{name: choices[name].text(own) for name, own in other.items()}}
             better = _failing(bench, tried, moves, failed)
@@ -249,34 +250,6 @@ def _failing(
         if len(left) == len(failed) and at > 2:
             return None
     return left if len(left) < len(failed) else None
-
-
-def _alternatives(
-    choices: Mapping[str, Choice], picks: Mapping[str, tuple[int, ...]], failed: set[str], proven: set[str]
-) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Other picks of explanations for what may contain a failed axis: first one changed, then two, then three.
-
-    Tensors of one name and one set of explanations, in whatever layer, are explained alike. What is explained by a
-    proven axis alone stays: the proof would fail if that axis were not there.
-    """
-    groups: dict[tuple[str, bool, tuple[str, ...], int], list[tuple[str, int]]] = {}
-    for name, choice in choices.items():
-        for at, (dim, pick) in enumerate(zip(choice.dims, picks[name], strict=True)):
-            now = set(parse(dim[pick])[0].axes)
-            about = {axis for text in dim for axis in parse(text)[0].axes}
-            about |= {sibling(axis, HEADS) for axis in about if kind_of(axis) == KV_HEADS}
-            now |= {sibling(axis, HEADS) for axis in now if kind_of(axis) == KV_HEADS}
-            if len(dim) > 1 and about & failed and (now & failed or not now & proven):
-                leaf = ".".join(part for part in name.split(".")[-3:-1] if part.strip("*0123456789"))
-                groups.setdefault((leaf, at == choice.reads[0], dim, pick), []).append((name, at))
-    for count in (1, 2, 3):
-        for keys in combinations(groups, count):
-            for chosen in product(*([i for i in range(len(key[2])) if i != key[3]] for key in keys)):
-                other = {name: list(own) for name, own in picks.items()}
-                for key, pick in zip(keys, chosen, strict=True):
-                    for name, at in groups[key]:
-                        other[name][at] = pick
-                yield {name: tuple(own) for name, own in other.items()}
 
 
 def _by_duplication(bench: _Bench, layouts: dict[str, str], proven: set[str]) -> tuple[dict[str, str], float]:

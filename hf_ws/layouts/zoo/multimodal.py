@@ -109,6 +109,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         ),  # as wide as the projection
     },
     "aria": {"projector_patch_to_query_dict": {16: 5}, "max_value_projector_patch_to_query_dict": 5},
+    "muse_glimmer": {"projector_hidden_size": 52},
+    "muse_spark": {"projector_hidden_size": 52},
+    "muse_spark_text": {"moe_hidden_size": 44},
     "cohere_compass_text": {"rope_parameters": _rope_by_kind},
     "ernie4_5_vl_moe_text": {  # height and width get the same share of a head
         "hidden_size": Each(240, 180),
