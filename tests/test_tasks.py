@@ -10,12 +10,19 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -23,7 +30,9 @@ from transformers import (
 from hf_ws.errors import DataError, PlanError
 from hf_ws.training import TrainConfig, train
 from hf_ws.training.data import pack
+from hf_ws.training.job import prepare
 from hf_ws.training.tasks import TASKS
+from hf_ws.training.tasks.causal_lm import keeps_apart
 from hf_ws.training.tasks.seq2seq import _spans
 
 TEXTS = [
@@ -236,3 +245,78 @@ def test_pairs_are_learned(tmp_path: Path, masking) -> None:
         train(replace(config, source_column="from"), task="seq2seq", model=t5(), tokenizer=masking)
     with pytest.raises(PlanError, match="pairs want both"):
         train(replace(config, target_column=None), task="seq2seq", model=t5(), tokenizer=masking)
+
+
+class TestDocuments:
+    """What is packed into one block, each as if it stood alone."""
+
+    def test_positions_begin_anew_with_every_text_and_block(self, masking) -> None:
+        texts = ["a = 1", "def f(x):\n    return x", "b = 22\nc = 333\n"] * 3
+        packed = pack(texts, masking, 8, apart=True)
+        lengths = [len(masking(text)["input_ids"]) + 1 for text in texts]
+        each = [place for length in lengths for place in range(length)][: len(packed) * 8]
+        expected = []
+        for at, place in enumerate(each):
+            expected.append(0 if place == 0 or at % 8 == 0 else expected[-1] + 1)
+        assert torch.equal(packed.dataset[:]["position_ids"].flatten(), torch.tensor(expected))
+        assert torch.equal(packed.dataset[:]["input_ids"], pack(texts, masking, 8).dataset[:]["input_ids"])
+
+    @pytest.mark.parametrize("config", [LlamaConfig, GPT2Config, Qwen3Config, BloomConfig, MambaConfig])
+    def test_a_model_that_can_keeps_them_apart(self, config, masking, caplog) -> None:
+        """Against each document alone; who cannot (positions from elsewhere, a state) is told so."""
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 310,
+            "num_key_value_heads": 4,
+        }
+        model = AutoModelForCausalLM.from_config(config(**sizes)).eval()
+        one, other = torch.randint(310, (1, 7)), torch.randint(310, (1, 5))
+        able = config not in (BloomConfig, MambaConfig)
+        assert keeps_apart(model) == able
+        if able:
+            places = torch.cat([torch.arange(7), torch.arange(5)])[None]
+            both = model(torch.cat([one, other], 1), position_ids=places, use_cache=False)
+            alone = torch.cat([model(one).logits, model(other).logits], 1)
+            assert torch.allclose(both.logits, alone, atol=1e-5)
+        blocks = pack(TEXTS, masking, BLOCK, apart=True)
+        job = prepare(SHORT, model=model, tokenizer=masking, train_blocks=blocks, eval_blocks=blocks)
+        assert all(("position_ids" in rows.column_names) == able for rows in (job.blocks, job.held_out))
+        assert ("does not keep documents apart" in caplog.text) != able
+
+    def test_the_task_asks_for_it(self, tmp_path: Path, masking) -> None:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+        for wanted in (True, False):
+            config = replace(SHORT, train_files=[str(tmp_path)], documents_apart=wanted)
+            rows = TASKS["clm"](config, LlamaConfig(), masking).read()
+            assert ("position_ids" in rows.train.column_names) == wanted
+            assert (
+                "position_ids" not in TASKS["mlm"](config, bert().config, masking).read().train.column_names
+            )
+
+
+def test_a_mixture_takes_from_each_source_by_its_weight(tmp_path: Path, masking) -> None:
+    for name, word in (("a", "alpha"), ("b", "beta")):
+        rows = [json.dumps({"text": f"{word} {i} {text}"}) for i, text in enumerate(TEXTS)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    mixture = {str(tmp_path / "a.jsonl"): 3.0, str(tmp_path / "b.jsonl"): 1.0}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=310, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    )
+    jobs = [
+        prepare(replace(SHORT, steps=n, mixture=mixture), model=model, tokenizer=masking) for n in (10, 400)
+    ]
+    (first, _), (_, weight) = jobs[0].parts
+    assert weight == 1.0
+    short, long = (job.order() for job in jobs)
+    assert torch.equal(long[:40], short)
+    for end in (4, 40, 1600):
+        assert int((long[:end] >= first).sum()) == end // 4
+    own = long[long < first]
+    assert sorted(own[:first].tolist()) == list(range(first))
+    assert sorted(own[first : 2 * first].tolist()) == list(range(first))
+    assert not torch.equal(own[:first], own[first : 2 * first])
+    assert len(jobs[0].held_out) > 0

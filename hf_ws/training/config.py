@@ -53,7 +53,9 @@ class TrainConfig:
     dataset_config: str | None = None  # its configuration, if it has several
     dataset_split: str = "train"  # its split
     text_column: str = "text"  # the column or JSON key that holds the text
+    mixture: dict[str, Weight] = field(default_factory=dict)  # sources of text, and their weights
     block: int = 512  # tokens in a training sequence
+    documents_apart: bool = True  # no token sees another document of its block, where the model can (clm)
     mask_probability: float = 0.15  # tokens hidden (mlm) or cut out in spans (seq2seq), as a part of a block
     mean_span: float = 3.0  # tokens in a span that is cut out (seq2seq)
     source_column: str | None = None  # of pairs of texts (seq2seq), instead of text with spans cut out
@@ -256,8 +258,10 @@ def _say(hint: Any) -> str:
 def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     if (config.steps is None) == (config.tokens is None):
         yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
-    if config.train_files and config.dataset:
-        yield "train_files and dataset both given; give one of the two"
+    if bool(config.train_files) + bool(config.dataset) + bool(config.mixture) > 1:
+        yield "train_files, dataset and mixture: give one of the three"
+    if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
+        yield f"mixture={config.mixture}; weights are single numbers above 0"
     least = {
         "steps": 1,
         "tokens": 1,

@@ -148,11 +148,20 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     block: int,
     *,
+    apart: bool = False,
     progress: bool = True,
 ) -> Packed:
     """Tokenise the texts and lay them end to end in blocks of `block` tokens; drop and count the remainder.
 
     A progress bar appears when this takes over two seconds.
+
+    Args:
+        texts: What to pack; those without text are left out and counted.
+        tokenizer: With an end-of-text token, which follows every text.
+        block: Tokens in a block.
+        apart: Add `position_ids` that begin anew with each text (and each block), by which Transformers keeps a token
+            from attending to another text.
+        progress: Show the bar.
 
     Raises:
         DataError: No text, less than one block, or a tokenizer without an end-of-text token.
@@ -190,9 +199,12 @@ def pack(
     labels[:, 0] = -100
     # int32 halves the memory; the torch format gives int64 back, as embeddings want.
     column = datasets.Sequence(datasets.Value("int32"), length=block)
-    dataset = datasets.Dataset.from_dict(
-        {"input_ids": whole, "labels": labels}, features=datasets.Features(input_ids=column, labels=column)
-    )
+    columns = {"input_ids": whole, "labels": labels}
+    if apart:
+        columns["position_ids"] = _positions([len(piece) for piece in pieces], block)[: whole.size].reshape(
+            -1, block
+        )
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(dict.fromkeys(columns, column)))
     return Packed(
         dataset.with_format("torch"),
         size / len(ids),
@@ -200,6 +212,13 @@ def pack(
         len(ids) - whole.size,
         len(contents) - len(kept),
     )
+
+
+def _positions(lengths: list[int], block: int) -> np.ndarray:
+    """The place of every token in its text, or in its block where the text began before that."""
+    starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    every = np.arange(len(starts), dtype=np.int32)
+    return np.minimum(every - starts, every % block).astype(np.int32)
 
 
 def check_ids(blocks: datasets.Dataset, vocabulary: int) -> None:

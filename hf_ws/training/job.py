@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -19,11 +21,14 @@ from hf_ws.plan import Plan
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed, check_ids
 from hf_ws.training.records import fingerprint
-from hf_ws.training.tasks import TASKS, Task
+from hf_ws.training.tasks import TASKS, Rows, Task
+from hf_ws.training.tasks.causal_lm import keeps_apart
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE = 64  # blocks that a data set is known by
 
@@ -45,6 +50,8 @@ class Job:
     bytes_per_token: float | None
     plan: Plan | None = None
     """How the student was made, where that is known."""
+    parts: tuple[tuple[int, float], ...] = ()
+    """Of a mixture, the rows of each source and its weight."""
 
     def fingerprints(self) -> dict[str, Any]:
         """What besides the settings decides what is learned."""
@@ -60,14 +67,31 @@ class Job:
         """The block taken at each place of the run, [steps x blocks in a step].
 
         One shuffle of all the blocks after another, each from the seed alone: a longer run begins like a
-        shorter one, and the start of one batch does not depend on how many processes share it.
+        shorter one, and the start of one batch does not depend on how many processes share it. Of a mixture, each
+        source is shuffled so, and whichever is furthest behind its weight comes next.
         """
-        generator = torch.Generator().manual_seed(self.config.seed)
         wanted = self.steps * self.tokens_per_step // self.task.length(self.blocks)
-        rounds = -(-wanted // len(self.blocks))
-        return torch.cat([torch.randperm(len(self.blocks), generator=generator) for _ in range(rounds)])[
-            :wanted
-        ]
+        sizes, weights = zip(*(self.parts or ((len(self.blocks), 1.0),)), strict=True)
+        source, turn = _turns([weight / sum(weights) for weight in weights], wanted)
+        order = torch.zeros(wanted, dtype=torch.long)
+        for number, (size, start) in enumerate(zip(sizes, np.cumsum([0, *sizes[:-1]]), strict=True)):
+            generator = torch.Generator().manual_seed(self.config.seed + 7919 * number)
+            rounds = -(-int((source == number).sum()) // size)
+            own = torch.cat([torch.randperm(size, generator=generator) for _ in range(max(rounds, 1))])
+            order[source == number] = own[turn[source == number]] + int(start)
+        return order
+
+
+def _turns(shares: list[float], count: int) -> tuple[Tensor, Tensor]:
+    """Which source each place takes from, and the how manieth of that source it is."""
+    if len(shares) == 1:
+        return torch.zeros(count, dtype=torch.long), torch.arange(count)
+    taken, source, turn = np.zeros(len(shares)), np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for place in range(count):
+        source[place] = at = int(np.argmax(np.asarray(shares) * (place + 1) - taken))
+        turn[place] = taken[at]
+        taken[at] += 1
+    return torch.from_numpy(source), torch.from_numpy(turn)
 
 
 def prepare(
@@ -94,7 +118,8 @@ def prepare(
     if teacher is not None:
         _check_teacher(teacher, model, student, tokenizer)
     doing = kind(config, student, tokenizer)
-    blocks, held_out, bytes_per_token = _rows(doing, train_blocks, eval_blocks)
+    data = _rows(doing, train_blocks, eval_blocks)
+    blocks, held_out = data.train, data.held_out
     per_step = config.batch_size * config.grad_accum * PartialState().num_processes
     if len(blocks) < per_step:
         raise DataError(
@@ -113,6 +138,12 @@ def prepare(
     taught_by = None if teacher is None else load_teacher(teacher, kind.auto_class)
     if taught_by is not None and doing.unit == "tokens":
         _check_positions(taught_by.config, length, "the teacher")
+    if "position_ids" in blocks.column_names and not keeps_apart(loaded):
+        logger.warning(
+            "%s does not keep documents apart: tokens see those before them", type(loaded).__name__
+        )
+        blocks = blocks.remove_columns("position_ids")
+        held_out = held_out and held_out.remove_columns("position_ids")
     return Job(
         config=config,
         steps=config.steps or max(1, (config.tokens or 0) // (per_step * length)),
@@ -123,7 +154,8 @@ def prepare(
         teacher=taught_by,
         blocks=blocks,
         held_out=held_out,
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=data.bytes_per_token,
+        parts=data.parts,
         plan=plan_of(loaded, config.model if model is None else None),
     )
 
@@ -184,17 +216,14 @@ def _check_teacher(
     check_vocabulary(student, theirs, tokenizer, load_tokenizer(teacher))
 
 
-def _rows(
-    task: Task, train: Any, held_out: Any
-) -> tuple[datasets.Dataset, datasets.Dataset | None, float | None]:
-    """The rows to train on and those held out, given or read, and bytes per token where known."""
+def _rows(task: Task, train: Any, held_out: Any) -> Rows:
+    """The rows to train on and those held out, given or read."""
     if train is None:
         own = task.read()
         if held_out is None:
-            return own.train, own.held_out, own.bytes_per_token
-        train = own.train
-    given = (None, None) if held_out is None else as_dataset(held_out)
-    return as_dataset(train)[0], *given
+            return own
+        return replace(own, **dict(zip(("held_out", "bytes_per_token"), as_dataset(held_out), strict=True)))
+    return Rows(as_dataset(train)[0], *((None, None) if held_out is None else as_dataset(held_out)))
 
 
 def as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dataset, float | None]:

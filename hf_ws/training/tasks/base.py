@@ -26,6 +26,8 @@ class Rows:
     held_out: datasets.Dataset | None
     bytes_per_token: float | None = None
     """Of the held-out text, where a loss per byte means something."""
+    parts: tuple[tuple[int, float], ...] = ()
+    """Of a mixture, how many training rows each source has, one after the other, and its weight."""
 
 
 class Task:
@@ -54,15 +56,36 @@ class Task:
 
         return load_tokenizer(source)
 
+    @property
+    def documents_apart(self) -> bool:
+        """Whether blocks say where their documents begin."""
+        return False
+
     def read(self) -> Rows:
         """The data that the settings name. Raises DataError."""
-        documents, held_out = self._documents()
+        import datasets
+
+        if not self.config.mixture:
+            train, held_out = self._read()
+            return Rows(train.dataset, held_out.dataset, held_out.bytes_per_token)
+        sources = [self._read(name) for name in self.config.mixture]
+        tokens = sum(own.tokens for _, own in sources)
+        weights = (float(weight) for weight in self.config.mixture.values() if not isinstance(weight, list))
+        return Rows(
+            datasets.concatenate_datasets([train.dataset for train, _ in sources]),
+            datasets.concatenate_datasets([own.dataset for _, own in sources]),
+            sum(own.bytes_per_token * own.tokens for _, own in sources) / tokens,
+            tuple((len(train), weight) for (train, _), weight in zip(sources, weights, strict=True)),
+        )
+
+    def _read(self, source: str | None = None) -> tuple[Packed, Packed]:
+        """The blocks to train on and those held out; of one source of a mixture if that is named."""
+        documents, held_out = self._documents(source)
         train = self._packed(documents)
         try:
-            others = self._packed(held_out)
+            return train, self._packed(held_out)
         except HfWsError as error:
-            raise DataError(f"held-out text: {error}") from error
-        return Rows(train.dataset, others.dataset, others.bytes_per_token)
+            raise DataError(f"held-out text{f' of {source}' if source else ''}: {error}") from error
 
     def length(self, rows: datasets.Dataset) -> int:
         """How many `unit`s a row counts for in a run of so many tokens."""
@@ -76,14 +99,16 @@ class Task:
         """The chance of one row, from the seed and its place."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + int(row["place"]))
 
-    def _documents(self) -> tuple[list[Document], list[Document]]:
+    def _documents(self, source: str | None = None) -> tuple[list[Document], list[Document]]:
         """To train on, and held out."""
         config = self.config
         if self.processor is None:
             raise DataError(
                 "text came without a tokenizer; take a model folder that holds one, or give tokenizer="
             )
-        if config.train_files:
+        if source is not None:
+            documents = load_text(source, column=config.text_column)
+        elif config.train_files:
             documents = text_files(config.train_files, column=config.text_column)
         elif config.dataset:
             documents = load_text(
@@ -94,9 +119,9 @@ class Task:
             )
         else:
             raise DataError(
-                "no text to train on; set train_files (files, folders, globs, or stdlib) or dataset"
+                "no text to train on; set train_files (files, folders, globs, or stdlib), dataset or mixture"
             )
-        if config.eval_files:
+        if config.eval_files and source is None:
             return documents, text_files(config.eval_files, column=config.text_column)
         return split_held_out(documents)
 
@@ -104,4 +129,4 @@ class Task:
         from accelerate import PartialState
 
         show = self.config.progress and PartialState().is_main_process
-        return pack(documents, self.processor, self.config.block, progress=show)
+        return pack(documents, self.processor, self.config.block, apart=self.documents_apart, progress=show)
