@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_ws import AutoSubclone, hub
-from hf_ws.cli import EXAMPLES, main
+from hf_ws.cli import EXAMPLES, main, name_of
 from hf_ws.cli.options import CALIBRATION_CHARACTERS, Flags, calibration_texts, layer_policy, pairs
 from hf_ws.errors import CalibrationError, PlanError
 from tests.tiny_checkpoints import digest, edit_config, make
 
-COMMANDS = [command.__name__ for command in EXAMPLES]
+COMMANDS = [name_of(command) for command in EXAMPLES]
 HALF = ("--hidden", "12", "--method", "weight_selection")
 
 # Run where hf_ws cannot be imported: the checkpoint must be an ordinary one.

@@ -19,9 +19,11 @@ from typing import Annotated
 import typer
 
 from hf_ws._version import __version__
+from hf_ws.cli.cache_teacher import cache_teacher
 from hf_ws.cli.certify import certify
 from hf_ws.cli.compare import compare
 from hf_ws.cli.env import env
+from hf_ws.cli.evaluate import eval_
 from hf_ws.cli.plan import plan
 from hf_ws.cli.subclone import subclone
 from hf_ws.errors import HfWsError
@@ -52,12 +54,27 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "hf-ws compare gpt2-large --hidden 512 --data stdlib --steps 500 --output comparison",
         "hf-ws compare gpt2-large --hidden 512 --steps 500 --output comparison --learning-rates 1e-3,5e-4",
     ),
+    cache_teacher: (
+        "hf-ws cache-teacher cache --model student --teacher gpt2-large --data my-text/ --block 512",
+        "hf-ws cache-teacher cache --config run.yaml --k 64",
+    ),
+    eval_: (
+        "hf-ws eval student --data my-text/ --block 512 --teacher gpt2-large",
+        "hf-ws eval student --tasks hellaswag,arc_easy",
+    ),
     env: ("hf-ws env",),
 }
+
+
+def name_of(command: Callable[..., None]) -> str:
+    """A command's name as it is typed."""
+    return command.__name__.strip("_").replace("_", "-")
+
+
 for command, examples in EXAMPLES.items():
     # \b keeps the lines as they are.
     epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
-    app.command(command.__name__, epilog=epilog)(command)
+    app.command(name_of(command), epilog=epilog)(command)
 
 
 @app.callback(epilog="\b\nExample:\n  hf-ws plan gpt2-large --hidden 512")

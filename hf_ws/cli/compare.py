@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_ws.cli.options import Flags, Json, Source, pairs, with_flags
+from hf_ws.cli.options import Flags, Json, Source, pairs, sources, with_flags
 from hf_ws.errors import PlanError
 
 OWN = frozenset({"method", "method_arg", "seed", "dtype", "revision", "cache_dir", "local_files_only"})
@@ -93,8 +93,8 @@ def compare(
         steps=steps,
         sizes=asked,
         methods=_list("--methods", methods, str),
-        data=_sources(data) or "stdlib",
-        held_out=_sources(held_out),
+        data=sources(data) or "stdlib",
+        held_out=sources(held_out),
         calibration=calibration,
         block=block,
         learning_rates=_list("--learning-rates", learning_rates, float),
@@ -122,13 +122,6 @@ def _list(option: str, text: str, kind: type[int] | type[float] | type[str]) -> 
         except ValueError:
             raise PlanError(f"{option} {text}: {part!r} is not {what}; part them by commas") from None
     return found
-
-
-def _sources(given: list[str] | None) -> str | list[Path] | None:
-    """One source by its name, which may be a dataset's; several as files."""
-    if not given:
-        return None
-    return given[0] if len(given) == 1 else [Path(one) for one in given]
 
 
 def _training(given: list[str] | None) -> dict[str, Any]:

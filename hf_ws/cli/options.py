@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import shlex
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -158,6 +159,21 @@ def with_flags(but: Collection[str] = ()) -> Callable[[Callable[..., None]], Cal
         return spelled_out
 
     return spell_out
+
+
+def quiet_unless_seen() -> None:
+    """In a log, Transformers' bars for saving and loading are noise."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def sources(given: list[str] | None) -> str | list[Path] | None:
+    """One source of text by its name, which may be a dataset's; several as files."""
+    if not given:
+        return None
+    return given[0] if len(given) == 1 else [Path(one) for one in given]
 
 
 def pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:

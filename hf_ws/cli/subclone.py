@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_ws.cli.options import Flags, Source, calibration_texts, with_flags
+from hf_ws.cli.options import Flags, Source, calibration_texts, quiet_unless_seen, with_flags
 from hf_ws.errors import PlanError
 
 if TYPE_CHECKING:
@@ -46,14 +45,11 @@ def subclone(
     The folder appears whole or not at all. It holds a stock Transformers checkpoint, the source's tokenizer files, the
     plan and a model card, and was loaded back and checked before it got its name.
     """
-    import transformers
-
     from hf_ws import hub, store
 
     local = source if Path(source).expanduser().is_dir() else None
     store.check_output(output, local)
-    if not sys.stderr.isatty():  # in a log, Transformers' bars for saving and loading are noise
-        transformers.utils.logging.disable_progress_bar()
+    quiet_unless_seen()
     model = _made(source, flags, plan)
     made_plan = model.hf_ws_plan
     where = flags.where | {"revision": made_plan.revision}

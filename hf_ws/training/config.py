@@ -84,6 +84,7 @@ class TrainConfig:
 
     # Distillation.
     teacher: str | None = None  # folder or Hub id of a model with the same vocabulary
+    teacher_cache: str | None = None  # folder that `hf-ws cache-teacher` wrote, instead of a teacher
     kd_weight: Weight = 0.5  # w in loss = (1 - w) x cross-entropy + w x kd_losses; 0 loads no teacher
     kd_losses: dict[str, Weight] = field(default_factory=forward_kl_alone)  # losses and their weights
     kd_temperature: float = 1.0  # softens both distributions

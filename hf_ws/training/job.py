@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from hf_ws.training.data import Packed, check_ids
 from hf_ws.training.records import fingerprint
 from hf_ws.training.tasks import TASKS, Rows, Task
 from hf_ws.training.tasks.causal_lm import keeps_apart
+from hf_ws.training.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     import datasets
@@ -52,6 +53,8 @@ class Job:
     """How the student was made, where that is known."""
     parts: tuple[tuple[int, float], ...] = ()
     """Of a mixture, the rows of each source and its weight."""
+    cache: TeacherCache | None = None
+    """What the teacher said, in its place."""
 
     def fingerprints(self) -> dict[str, Any]:
         """What besides the settings decides what is learned."""
@@ -60,6 +63,7 @@ class Job:
             "data": print_of_rows(self.blocks),
             "start": print_of_model(self.model),
             "teacher": None if self.teacher is None else print_of_model(self.teacher),
+            "teacher_cache": None if self.cache is None else asdict(self.cache.contents),
             "processes": PartialState().num_processes,
         }
 
@@ -115,6 +119,7 @@ def prepare(
     tokenizer = tokenizer or (kind.load_processor(config.model) if config.model else None)
     student = model.config if model is not None else _read_config(str(config.model))
     teacher = (config.teacher if teacher is None else teacher) if config.distils else None
+    cache = _open_cache(config, task, teacher, student, tokenizer)
     if teacher is not None:
         _check_teacher(teacher, model, student, tokenizer)
     doing = kind(config, student, tokenizer)
@@ -131,20 +136,20 @@ def prepare(
         for one in (blocks, held_out):
             if one is not None:
                 check_ids(one, student.get_text_config().vocab_size)
-        _check_positions(student, length, "the model")
+        check_positions(student, length, "the model")
     if held_out is not None:
         held_out = _whole_batches(held_out, config)
     loaded = load_model(str(config.model), kind.auto_class, torch.float32) if model is None else model.float()
     taught_by = None if teacher is None else load_teacher(teacher, kind.auto_class)
     if taught_by is not None and doing.unit == "tokens":
-        _check_positions(taught_by.config, length, "the teacher")
+        check_positions(taught_by.config, length, "the teacher")
     if "position_ids" in blocks.column_names and not keeps_apart(loaded):
         logger.warning(
             "%s does not keep documents apart: tokens see those before them", type(loaded).__name__
         )
         blocks = blocks.remove_columns("position_ids")
         held_out = held_out and held_out.remove_columns("position_ids")
-    return Job(
+    job = Job(
         config=config,
         steps=config.steps or max(1, (config.tokens or 0) // (per_step * length)),
         tokens_per_step=per_step * length,
@@ -157,7 +162,29 @@ def prepare(
         bytes_per_token=data.bytes_per_token,
         parts=data.parts,
         plan=plan_of(loaded, config.model if model is None else None),
+        cache=cache,
     )
+    if cache is not None:
+        cache.check_blocks(blocks, job.order(), progress=config.progress and PartialState().is_main_process)
+    return job
+
+
+def _open_cache(
+    config: TrainConfig, task: str, teacher: Any, student: PreTrainedConfig, tokenizer: Any
+) -> TeacherCache | None:
+    """The cache that the settings name. Raises DistillationError where it is not what the run wants."""
+    if config.teacher_cache is None or not config.distils:
+        return None
+    named = f"teacher_cache={config.teacher_cache}"
+    if teacher is not None:
+        raise DistillationError(
+            f"a teacher and {named} both given; drop one: the cache stands for the teacher"
+        )
+    if task != "clm":
+        raise DistillationError(f"{named} is for the task clm, and this one is {task}; take a live teacher")
+    cache = TeacherCache(config.teacher_cache)
+    cache.check_settings(config, student, tokenizer)
+    return cache
 
 
 def print_of_rows(rows: datasets.Dataset) -> str:
@@ -258,7 +285,8 @@ def _whole_batches(held_out: datasets.Dataset, config: TrainConfig) -> datasets.
     return held_out.select([i * len(held_out) // keep for i in range(keep)])
 
 
-def _check_positions(config: PreTrainedConfig, length: int, what: str) -> None:
+def check_positions(config: PreTrainedConfig, length: int, what: str) -> None:
+    """Refuse blocks with more tokens than "the model" or "the teacher" has positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
         error = DistillationError if what == "the teacher" else DataError

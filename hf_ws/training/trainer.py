@@ -38,6 +38,7 @@ from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
 from hf_ws.training.objective import Objective
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
+from hf_ws.training.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     import datasets
@@ -48,7 +49,17 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ when a run is continued: what they name is known by its fingerprint, or they change
 # what is recorded and not what is learned.
-_FREE = {"model", "teacher", "output", "save_model", "resume", "eval_files", "max_eval_blocks", "threads"}
+_FREE = {
+    "model",
+    "teacher",
+    "teacher_cache",
+    "output",
+    "save_model",
+    "resume",
+    "eval_files",
+    "max_eval_blocks",
+    "threads",
+}
 _FREE |= {"eval_every", "eval_at", "log_every", "save_every", "keep_checkpoints", "report_to", "progress"}
 
 
@@ -216,16 +227,23 @@ class _Trainer(Trainer):
 
 
 class Placed(TorchDataset[dict[str, Any]]):
-    """Rows in an order, each with its `place` in it: what is drawn for a row by chance follows from that."""
+    """Rows in an order, each with its `place` in it: what is drawn for a row by chance follows from that.
 
-    def __init__(self, rows: datasets.Dataset, order: Sequence[int]) -> None:
-        self.rows, self.order = rows, order
+    With a cache, each has what the teacher says of it besides.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, order: Sequence[int], cache: TeacherCache | None = None
+    ) -> None:
+        self.rows, self.order, self.cache = rows, order, cache
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        return {**self.rows[self.order[place]], "place": place}
+        number = self.order[place]
+        taught = {} if self.cache is None else self.cache[number]
+        return {**self.rows[number], **taught, "place": place}
 
 
 def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
@@ -235,7 +253,7 @@ def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Tr
         args=_arguments(job, place, resumed),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
-        train_dataset=Placed(job.blocks, job.order().tolist()),
+        train_dataset=Placed(job.blocks, job.order().tolist(), job.cache),
         eval_dataset=None if job.held_out is None else Placed(job.held_out, range(len(job.held_out))),
         data_collator=job.task.batch,
         callbacks=[recorder],
