@@ -289,6 +289,7 @@ MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
         (family, "ffn_dim"): lambda config: 2 for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
     },
     ("recurrent_gemma", "intermediate_size"): lambda config: 2,
+    ("qwen4_exp_text", "ple_embed_dim"): lambda config: config.heads_per_ngram * (config.ngram_size - 1),
     ("zaya", "num_attention_heads"): lambda config: 2,  # half of the values are those of the token before
     ("zaya", "num_key_value_heads"): lambda config: 2,
 }

@@ -38,6 +38,7 @@ from hf_ws.sizes import field_of, main_path, near, nodes, sizes_of
 SUMS = (
     "(heads head_dim + kv_heads head_dim + kv_heads head_dim)",
     "(heads head_dim + head_dim + head_dim)",
+    "(heads head_dim + head_dim)",
     "(2 heads head_dim + 2 kv_heads head_dim)",
     "(rank + state + state)",
     "(kv_rank + rope_dim)",

@@ -16,7 +16,9 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 _PAIRS = {"num_attention_heads": Each(18, 16), "num_key_value_heads": Each(6, 4)}
 """Heads that come in pairs, more than two of them to a key/value pair."""
 
-DEFAULTS: dict[str, dict[str, Any]] = {}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE | {"mrope_section": [24, 20, 20]}}},
+}
 
 FIELDS: dict[str, dict[str, Any]] = {
     "zaya": _PAIRS,
@@ -25,7 +27,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     },  # a field that its class computes, but does not enforce
     "bamba": {"attn_layer_indices": Open([9, 18, 27])},
     "codegen": {"num_attention_heads": Each(12, 8)},  # its heads come in fours
-    "cohere_compass_text": {"rope_parameters": Open({"full_attention": _ROPE})},
     "deepseek_v2": {"num_experts_per_tok": Open(2)},
     "diffllama": _PAIRS,
     "dots1": {"num_experts_per_tok": Open(2), "n_routed_experts": Open(8), "n_shared_experts": Open(1)},
