@@ -28,7 +28,9 @@ def follow_layers(
             continue
         if decoder and name in ENCODERS:
             continue
-        if _counts_layers(name, value, layers):  # which layers are of a kind
+        if name in FROM_ONE:
+            values[name] = [j + 1 for j, i in enumerate(kept) if i + 1 in value]
+        elif _counts_layers(name, value, layers):  # which layers are of a kind
             values[name] = [j for j, i in enumerate(kept) if i in value]
         elif (values.get("model_type"), name) in BY_MODALITY:
             continue
@@ -74,6 +76,9 @@ LEADING = {"first_k_dense_replace", "max_window_layers", "num_hash_layers", "num
 TRAILING = {"num_kv_shared_layers", "num_timestamp_prediction_layers"}
 """Fields that say how many layers, from the last on, are of a kind."""
 
+
+FROM_ONE = {"ple_layer_ids"}
+"""Lists of layers' numbers that call the first layer 1 (Qwen4-Exp)."""
 
 ENCODERS = {"attention_window"}
 """Lists with one entry per layer that are about the encoder's layers alone (LED)."""

@@ -17,6 +17,7 @@ _PAIRS = {"num_attention_heads": Each(18, 16), "num_key_value_heads": Each(6, 4)
 """Heads that come in pairs, more than two of them to a key/value pair."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},  # else it is no hybrid
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE | {"mrope_section": [24, 20, 20]}}},
 }
 
@@ -31,7 +32,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "diffllama": _PAIRS,
     "dots1": {"num_experts_per_tok": Open(2), "n_routed_experts": Open(8), "n_shared_experts": Open(1)},
     "esm": {"vocab_size": Open(33), "pad_token_id": Open(1), "mask_token_id": Open(32)},
-    "granitemoehybrid": {"layer_types": lambda config: config.layer_types or ["mamba", "attention"] * 16},
     "hunyuan_vl_text": {"rope_parameters": Open(_ROPE)},
     "jamba": {
         "attn_layer_period": 3,
