@@ -139,6 +139,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "linear.kv_heads": ("linear_num_key_heads",),
     "linear.head_dim": ("linear_key_head_dim", "linear_head_dim"),
     "linear.v_dim": ("linear_value_head_dim",),
+    "swa.heads": ("swa_num_attention_heads",),
+    "swa.kv_heads": ("swa_num_key_value_heads",),
+    "swa.head_dim": ("swa_head_dim",),
     "mamba.kv_heads": (
         "mamba_n_groups",
         "mamba_ngroups",
@@ -295,8 +298,8 @@ MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
 }
 """Fields that say so many times the length of an axis: of what must go together there are that many."""
 
-MIXERS = ("mamba", "linear", "index")
-"""Scopes of what is in a layer beside its attention."""
+MIXERS = ("mamba", "linear", "index", "swa")
+"""Scopes of what is in a layer beside its attention, or instead of it."""
 
 PARTS = ("encoder", "decoder", *MIXERS)
 """Scopes that are no sub-config: fields of one config say whose they are. They share what they do not have apart."""

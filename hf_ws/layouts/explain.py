@@ -144,7 +144,7 @@ class Explain:
                 own = [*([str(number)] if number > 1 else []), *factors]
                 spellings = {_product(p) for p in permutations(own)}
                 wide = (
-                    number > 3 and kind_of(text) == HEADS
+                    number > 3 and kind_of(text) in (HEADS, KV_HEADS)
                 )  # so many channels of each head, rather than q, k, v
                 likely = _product(sorted(own, key=str.isdigit) if wide else own)
                 for spelled in sorted(spellings):

@@ -44,7 +44,7 @@ _OUTPUT = re.compile(
     r"o_proj|out_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|projection|output_proj|"
     r"projection_layer"
 )
-_TABLE = re.compile(r"token|quer(y|ies)$|latents?$|probe|embed|position|bias|table")
+_TABLE = re.compile(r"token|quer(y|ies)$|latents?$|probe|embed|position|bias|table|scale$|static")
 
 
 @dataclass(frozen=True)
