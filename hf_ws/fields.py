@@ -73,7 +73,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "resampler_n_heads",
         "o_groups",
     ),
-    KV_HEADS: ("num_key_value_heads", "num_kv_heads", "n_groups"),
+    KV_HEADS: ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "n_groups"),
     HEAD_DIM: (
         "head_dim",
         "d_kv",
@@ -297,6 +297,9 @@ MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
     ("zaya", "num_key_value_heads"): lambda config: 2,
 }
 """Fields that say so many times the length of an axis: of what must go together there are that many."""
+
+HALVES = ("attn_config", "ffn_config")
+"""Sub-configs that are about one stack's attention or FFN, whose sizes are that stack's own (DBRX)."""
 
 MIXERS = ("mamba", "linear", "index", "swa")
 """Scopes of what is in a layer beside its attention, or instead of it."""

@@ -33,7 +33,7 @@ from hf_ws.axes import (
     kind_of,
     sibling,
 )
-from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, MIXERS, MULTIPLES, PARTS, SIZE_FIELDS
+from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, HALVES, MIXERS, MULTIPLES, PARTS, SIZE_FIELDS
 from hf_ws.followers import FOLLOWERS, Whole
 from hf_ws.perlayer import follow_layers
 
@@ -100,6 +100,12 @@ def main_path(config: Config) -> tuple[str, ...]:
     return ()
 
 
+def scope_of(config: Config, path: tuple[str, ...]) -> str:
+    """What the sizes of one config of the tree are called by: nothing for the text part's, and what belongs to it."""
+    own = path[:-1] if path and path[-1] in HALVES else path
+    return "" if own == main_path(config)[: len(own)] else "".join(f"{name}." for name in own)
+
+
 def _following(config: Config) -> dict[tuple[str, ...], Callable[[dict[str, Any]], Any]]:
     """The way to each field that follows others, and what it is by the dict of the whole config."""
     ways: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
@@ -123,7 +129,7 @@ def places(config: Config) -> dict[str, tuple[Place, ...]]:
     main, followers = main_path(config), _following(config)
     found: dict[str, tuple[Place, ...]] = {}
     for path, node in sorted(nodes(config), key=lambda entry: entry[0] != main):
-        scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+        scope = scope_of(config, path)
         for axis, own in _own_places(node, path, followers).items():
             same = not scope and axis in found and own[0].read(config) == found[axis][0].read(config)
             found[f"{scope}{axis}"] = found[axis] + own if same else found.get(f"{scope}{axis}", own)
@@ -232,7 +238,7 @@ def sizes_of(config: Config) -> dict[str, int]:
     for axis, own in places(config).items():
         found[axis] = own[0].read(config)
     for path, node in nodes(config):
-        scope = "" if path == main_path(config)[: len(path)] else "".join(f"{name}." for name in path)
+        scope = scope_of(config, path)
         for axis, derived in DERIVED.get(node.model_type, {}).items():
             found[f"{scope}{axis}"] = derived(node)
         for axis, names in FIELDS.items():

@@ -11,12 +11,14 @@ from transformers import PreTrainedConfig
 from hf_ws.axes import (
     EMBEDDING,
     EXPERTS,
+    FFN,
     HEAD_DIM,
     HEADS,
     HIDDEN,
     KV_HEADS,
     KV_RANK,
     LAYERS,
+    MOE_FFN,
     NOPE_DIM,
     POSITIONS,
     Q_RANK,
@@ -33,7 +35,7 @@ from hf_ws.axes import (
     sibling,
 )
 from hf_ws.fields import DERIVED, HEADED, SINES
-from hf_ws.sizes import field_of, main_path, near, nodes, sizes_of
+from hf_ws.sizes import field_of, near, nodes, scope_of, sizes_of
 
 SUMS = (
     "(heads head_dim + kv_heads head_dim + kv_heads head_dim)",
@@ -84,6 +86,10 @@ class Explain:
         for axis in sizes:
             if kind_of(axis) not in (LAYERS, WAVES) and axis in others:
                 self._terms.append((axis, sizes[axis], others[axis]))
+        for experts in (axis for axis in sizes if kind_of(axis) == EXPERTS):
+            for ffn in {near(experts, kind, sizes) for kind in (FFN, MOE_FFN)} & others.keys():
+                text = f"{experts} {ffn}"
+                self._terms.append((text, sizes[experts] * sizes[ffn], others[experts] * others[ffn]))
         self._sines = dict(_sines(small))
         for heads in (axis for axis in sizes if kind_of(axis) == HEADS):
             names = {kind: near(heads, kind, sizes) for kind in SCOPED}
@@ -143,8 +149,9 @@ class Explain:
             if not rest and number * there == other:
                 own = [*([str(number)] if number > 1 else []), *factors]
                 spellings = {_product(p) for p in permutations(own)}
-                wide = (
-                    number > 3 and kind_of(text) in (HEADS, KV_HEADS)
+                wide = number > 3 and kind_of(text) in (
+                    HEADS,
+                    KV_HEADS,
                 )  # so many channels of each head, rather than q, k, v
                 likely = _product(sorted(own, key=str.isdigit) if wide else own)
                 for spelled in sorted(spellings):
@@ -196,10 +203,10 @@ class Explain:
 
 def _sines(config: PreTrainedConfig) -> Iterator[tuple[tuple[int, str], str]]:
     """How the waves that a parameter reads lie, by their number and the end of its name."""
-    main, sizes = main_path(config), sizes_of(config)
+    sizes = sizes_of(config)
     for path, node in nodes(config):
         if node.model_type in SINES:
-            scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+            scope = scope_of(config, path)
             end, text = SINES[node.model_type]
             yield (2 * sizes[f"{scope}{WAVES}"], end), text.replace(WAVES, f"{scope}{WAVES}")
 
@@ -252,9 +259,8 @@ def streams(config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {
         sibling(axis, HIDDEN): (axis,) for axis in sizes_of(config) if kind_of(axis) == UNIT
     }
-    main = main_path(config)
     for path, node in nodes(config):
         if node.model_type in HEADED:
-            scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+            scope = scope_of(config, path)
             found[f"{scope}{HIDDEN}"] = (f"{scope}{HEADS}", f"{scope}{HEAD_DIM}")
     return found

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_ws.errors import SizeError
-from hf_ws.sizes import main_path, nodes
+from hf_ws.sizes import nodes, scope_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,9 @@ def _slope_exponents(heads: int) -> list[float]:
 
 def row_for(config: PreTrainedConfig, module: str) -> Row | None:
     """The row for this module of this model, if it is irregular; its axes are those of the part that it is about."""
-    main = main_path(config)
     for (path, node), row in product(nodes(config), IRREGULAR):
         if row.model_type == node.model_type and module.split(".")[-1] == row.module and row.when(node):
-            scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+            scope = scope_of(config, path)
             return replace(row, writes=re.sub(r"(?=\b[a-z_.]+)", scope, row.writes))
     return None
 

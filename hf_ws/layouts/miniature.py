@@ -27,11 +27,11 @@ from hf_ws.layouts.zoo.draw import floats
 from hf_ws.sizes import (
     layer_axes,
     layer_kinds,
-    main_path,
     near,
     nodes,
     places,
     resize,
+    scope_of,
     sizes_of,
 )
 
@@ -84,9 +84,8 @@ def miniature(config: PreTrainedConfig, variant: int = 0, tight: int = 0) -> Pre
 
 def _rotations(config: PreTrainedConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
     """Rotary parameters whose sections, of time, height and width, share a smaller head out among them."""
-    main = main_path(config)
     for path, node in nodes(config):
-        scope = "" if path == main[: len(path)] else "".join(f"{name}." for name in path)
+        scope = scope_of(config, path)
         head_dim, rope = near(f"{scope}{HEADS}", HEAD_DIM, sizes), getattr(node, "rope_parameters", None)
         if (
             head_dim is None

@@ -17,6 +17,10 @@ _PAIRS = {"num_attention_heads": Each(18, 16), "num_key_value_heads": Each(6, 4)
 """Heads that come in pairs, more than two of them to a key/value pair."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "dbrx": {  # what the class reads of it
+        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 8},
+        "ffn_config": {"moe_top_k": 2},
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},  # else it is no hybrid
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE | {"mrope_section": [24, 20, 20]}}},
 }
@@ -51,7 +55,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "musicgen_melody_decoder": {"num_codebooks": 3},
     "zamba": {"n_mamba_heads": 2},
     "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are convolutions
-    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8},  # which the class reads
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "xlstm": {
         "num_heads": Each(8, 4),
