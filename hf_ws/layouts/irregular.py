@@ -79,6 +79,21 @@ IRREGULAR = (
         why="the 1B layout: q, k, v inside each head",
         when=lambda config: not config.multi_query and not config.new_decoder_architecture,
     ),
+    *(
+        Row(
+            model_type="blt",
+            module=module,
+            writes="encoder_config.hidden",
+            why="called as a norm of the heads is, but it norms the stream before the projection",
+        )
+        for module in ("q_norm", "k_norm")
+    ),
+    Row(
+        model_type="blt",
+        module="patch_embedding_projection",
+        writes="(2 encoder_config.hidden)",
+        why="several places of the stream for each patch, end to end",
+    ),
 )
 
 HEAD_BIASES: Mapping[str, str] = {

@@ -55,6 +55,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "musicgen_melody_decoder": {"num_codebooks": 3},
     "zamba": {"n_mamba_heads": 2},
     "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are convolutions
+    "t5gemma": {  # a multiple of its heads, not the same in both miniatures
+        "decoder.hidden_size": Each(150, 165),
+        "decoder.num_attention_heads": Each(6, 15),
+        "decoder.num_key_value_heads": Each(3, 5),
+    },
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "xlstm": {
         "num_heads": Each(8, 4),
