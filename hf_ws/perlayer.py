@@ -53,12 +53,28 @@ def follow_layers(
         dense |= {i for i in range(layers) if (i + 1) % step}
         values["mlp_only_layers"] = [j for j, i in enumerate(kept) if i in dense]
         values["decoder_sparse_step"] = 1
+    steps = f"num_sparse_{'decoder' if decoder else 'encoder'}_layers"
+    if isinstance(values.get(steps), int):
+        _follow_steps(values, steps, kept, layers)
     for name in LEADING & values.keys():
         if isinstance(values[name], int):
             values[name] = sum(i < values[name] for i in kept)
     for name in TRAILING & values.keys():
         if isinstance(values[name], int):
             values[name] = sum(i >= layers - values[name] for i in kept)
+
+
+def _follow_steps(values: dict[str, Any], name: str, kept: Sequence[int], layers: int) -> None:
+    """How many layers are sparse where they come at equal steps (Switch), if that can say which kept ones are."""
+
+    def sparse(depth: int, count: int) -> list[bool]:
+        step = depth // count if count else depth
+        return [i % step == 1 or step == 1 for i in range(depth)] if step else [False] * depth
+
+    before = sparse(layers, values[name])
+    wanted = [before[i] for i in kept]
+    counts = (count for count in range(len(kept) + 1) if sparse(len(kept), count) == wanted)
+    values[name] = next(counts, values[name])
 
 
 def _spread(indices: Sequence[int], layers: int, kept: int) -> list[int]:

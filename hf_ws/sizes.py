@@ -343,7 +343,7 @@ def resize(
     for axis, layers in (kept or {}).items():
         if found[axis][0].index is None:  # a list with one entry per stage says nothing of a stage's layers
             own = _node(values, found[axis][0].path)
-            decoder = axis.rpartition(LAYERS)[0].endswith("decoder.")
+            decoder = axis.endswith(f"decoder.{LAYERS}")
             follow_layers(own, layers, known[axis], SIZE_FIELDS, decoder=decoder)
     _forget_computed(config, values)
     _turn_the_same_part(config, values)
@@ -401,6 +401,6 @@ def layer_kinds(config: Config, axis: str = LAYERS) -> list[str]:
     kinds = []
     for i in range(layers):
         values = dict(whole)
-        follow_layers(values, [i], layers, SIZE_FIELDS)
+        follow_layers(values, [i], layers, SIZE_FIELDS, decoder=axis.endswith(f"decoder.{LAYERS}"))
         kinds.append(repr([(name, value) for name, value in values.items() if value is not whole[name]]))
     return kinds

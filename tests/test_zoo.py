@@ -38,7 +38,9 @@ UNITS = (1, 2, 4, 8, 16)
 POLICIES = ("middle_dropped", "first")
 """Which layers stay: the last as well, or the first where the config counts from there what each layer is."""
 
-SPECIAL: Mapping[str, Mapping[str, int]] = {}
+SPECIAL: Mapping[str, Mapping[str, int]] = {
+    "xlstm": {"hidden": 64, "heads": 8},  # widths inside its heads are rounded up to multiples of 64
+}
 """Sizes that a type needs and no rule gives."""
 
 _OWN = "the stock class itself gives another text with a cache than without, at any size"
@@ -47,6 +49,7 @@ _AUDIO = "what it generates is sound, or wants sound at each step"
 WITHOUT_CACHE: Mapping[str, str] = {
     **dict.fromkeys(("cpmant", "minimax", "prophetnet", "trocr"), _OWN),
     **dict.fromkeys(("musicgen", "musicgen_melody", "qwen2_audio", "voxtral_realtime"), _AUDIO),
+    "blt": "the stock class makes no cache: its config does not say how many layers there are",
     "jamba": "the layer that its miniature loses is the only one of attention, and Transformers' cache wants one",
     "rwkv": "the stock class makes a state as wide as hidden for an attention that is not",
     "xlnet": "the stock class does not generate without a cache",

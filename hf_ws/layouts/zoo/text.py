@@ -55,6 +55,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "musicgen_melody_decoder": {"num_codebooks": 3},
     "zamba": {"n_mamba_heads": 2},
     "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are convolutions
+    "switch_transformers": {  # every second layer is sparse
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 2,
+    },
     "t5gemma": {  # a multiple of its heads, not the same in both miniatures
         "decoder.hidden_size": Each(150, 165),
         "decoder.num_attention_heads": Each(6, 15),
