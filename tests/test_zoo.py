@@ -39,7 +39,7 @@ POLICIES = ("middle_dropped", "first")
 """Which layers stay: the last as well, or the first where the config counts from there what each layer is."""
 
 SPECIAL: Mapping[str, Mapping[str, int]] = {
-    "xlstm": {"hidden": 64, "heads": 8},  # widths inside its heads are rounded up to multiples of 64
+    "xlstm": {"hidden": 128, "heads": 8},  # widths inside its heads are rounded up to multiples of 64
 }
 """Sizes that a type needs and no rule gives."""
 

@@ -69,7 +69,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "xlstm": {
         "num_heads": Each(8, 4),
-        "hidden_size": Each(128, 256),  # of which heads and ffn are fractions, rounded up to 64
+        "hidden_size": Each(256, 128),  # of which heads and ffn are fractions, rounded up to 64
         "qk_dim_factor": 1.5,
         "v_dim_factor": 2.5,
         "autocast_kernel_dtype": "float32",
