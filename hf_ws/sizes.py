@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from dataclasses import fields as declared
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -36,48 +36,7 @@ from hf_ws.axes import (
 from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, HALVES, MIXERS, MULTIPLES, PARTS, SIZE_FIELDS
 from hf_ws.followers import FOLLOWERS, Whole
 from hf_ws.perlayer import follow_layers
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a config keeps a size."""
-
-    path: tuple[str, ...]
-    """The sub-configs on the way."""
-    field: str
-    index: int | None = None
-    """In a list with one entry per stage, or per layer."""
-    layer: int | None = None
-    """In the exceptions that `per_layer_config` makes for one layer."""
-    times: int = 1
-    """How many times the axis's length stands there."""
-
-    def read(self, config: Config) -> Any:
-        """What stands there."""
-        node = _node(config, self.path)
-        own = vars(node) if self.layer is None else _exceptions(node)[self.layer]
-        value = own[self.field] if self.field in own else getattr(node, self.field)
-        value = value if self.index is None else value[self.index]
-        return value if value is None or self.times == 1 else value // self.times
-
-    def write(self, values: dict[str, Any], size: int) -> None:
-        """Put a size there, in the dict that `to_dict` gives."""
-        values = _node(values, self.path)
-        if self.layer is not None:
-            layers = values["per_layer_config"]
-            values = layers[next(key for key in layers if int(key) == self.layer)]
-        size *= self.times
-        if self.index is None:
-            values[self.field] = size
-        else:
-            values[self.field] = [*values[self.field]]
-            values[self.field][self.index] = size
-
-
-def _node(tree: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        tree = tree[name] if isinstance(tree, dict) else getattr(tree, name)
-    return tree
+from hf_ws.spot import Place, exceptions_of, node_at
 
 
 def nodes(config: Config, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Config]]:
@@ -120,8 +79,8 @@ def _following(config: Config) -> dict[tuple[str, ...], Callable[[dict[str, Any]
 def _led(leader: Any, family: Sequence[str], part: Sequence[str], values: dict[str, Any]) -> Any:
     """What a field follows: another field of its family's config, or a function of that dict or of its own part."""
     if isinstance(leader, str):
-        return _node(values, (*family, *leader.split(".")))
-    return leader.of(_node(values, family)) if isinstance(leader, Whole) else leader(_node(values, part))
+        return node_at(values, (*family, *leader.split(".")))
+    return leader.of(node_at(values, family)) if isinstance(leader, Whole) else leader(node_at(values, part))
 
 
 def places(config: Config) -> dict[str, tuple[Place, ...]]:
@@ -166,7 +125,7 @@ def _own_places(
             elif value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
                 times = MULTIPLES.get((node.model_type, name), lambda _: 1)(node)
                 found.setdefault(axis, []).append(Place(path, name, times=times))
-        exceptions = [(at, own) for at, own in _exceptions(node).items() if own.keys() & {*names}]
+        exceptions = [(at, own) for at, own in exceptions_of(node).items() if own.keys() & {*names}]
         places = [(own[n], Place(path, n, None, at)) for at, own in exceptions for n in names if n in own]
         _by_value(found, axis, node, places)
     if "mamba.heads" not in found:  # then they are of the only heads there are
@@ -178,7 +137,7 @@ def _own_places(
         HEADS,
         FFN,
         KV_HEADS,
-    ):  # T5's `num_layers` are its encoder's, for its decoder has its own
+    ):  # T5's `num_layers` are its encoder's: its decoder has its own
         if f"decoder.{kind}" in found and kind in found:
             found.setdefault(f"encoder.{kind}", []).extend(found.pop(kind))
     return {axis: _same(node, own) for axis, own in found.items()}
@@ -201,11 +160,6 @@ def _listed(node: Config, layers: int) -> bool:
     return any(
         "layer" in n and isinstance(v, list | tuple) and len(v) == layers for n, v in vars(node).items()
     )
-
-
-def _exceptions(node: Config) -> dict[int, dict[str, Any]]:
-    """What single layers have otherwise than the whole: Gemma 4's full attention has wider heads."""
-    return node._heterogeneity_spec.per_layer_overrides if getattr(node, "is_heterogeneous", False) else {}
 
 
 @cache
@@ -342,8 +296,7 @@ def resize(
             place.write(values, size)
     for axis, layers in (kept or {}).items():
         if found[axis][0].index is None:  # a list with one entry per stage says nothing of a stage's layers
-            own = _node(values, found[axis][0].path)
-            decoder = axis.endswith(f"decoder.{LAYERS}")
+            own, decoder = node_at(values, found[axis][0].path), axis.endswith(f"decoder.{LAYERS}")
             follow_layers(own, layers, known[axis], SIZE_FIELDS, decoder=decoder)
     _forget_computed(config, values)
     _turn_the_same_part(config, values)
@@ -356,17 +309,17 @@ def resize(
         values["num_labels"] = known[LABELS]
     for name, value in fields.items():
         *path, last = name.split(".")
-        last = getattr(_node(config, path), "attribute_map", {}).get(last, last)
-        _node(values, path)[last] = value
+        last = getattr(node_at(config, path), "attribute_map", {}).get(last, last)
+        node_at(values, path)[last] = value
     for (*path, last), leader in _following(config).items():
-        _node(values, path)[last] = leader(values)
+        node_at(values, path)[last] = leader(values)
     return type(config).from_dict(values)
 
 
 def _turn_the_same_part(config: Config, values: dict[str, Any]) -> None:
     """Mistral 4 keeps the part of a head that is rotated as a fraction too: it follows, in place."""
     for path, node in nodes(config):
-        own = _node(values, path)
+        own = node_at(values, path)
         rope, turned, rest = (own.get(n) for n in ("rope_parameters", "qk_rope_head_dim", "qk_nope_head_dim"))
         if not isinstance(rope, dict) or not turned or not rest:
             continue
@@ -378,17 +331,17 @@ def _turn_the_same_part(config: Config, values: dict[str, Any]) -> None:
 def _forget_computed(config: Config, values: dict[str, Any]) -> None:
     """Leave out what the class computes from the rest, in place: it shall follow the new sizes."""
     for path, node in nodes(config):
-        computed = computed_fields(node.__class__) & _node(values, path).keys()
+        computed = computed_fields(node.__class__) & node_at(values, path).keys()
         if not computed:
             continue
         names = {node.attribute_map.get(field.name, field.name) for field in declared(type(node))}
-        own = {name: vars(node)[name] for name in names & vars(node).keys() & _node(values, path).keys()}
-        if exceptions := _exceptions(node):
+        own = {name: vars(node)[name] for name in names & vars(node).keys() & node_at(values, path).keys()}
+        if exceptions := exceptions_of(node):
             own["per_layer_config"] = exceptions
         again = vars(type(node)(**deepcopy(own)))
         for name in computed:
             if name in again and again[name] == vars(node).get(name):
-                del _node(values, path)[name]
+                del node_at(values, path)[name]
 
 
 def layer_kinds(config: Config, axis: str = LAYERS) -> list[str]:
@@ -397,7 +350,7 @@ def layer_kinds(config: Config, axis: str = LAYERS) -> list[str]:
     if place.index is not None:  # a list with one entry per stage says nothing of a stage's layers
         return [""] * layers
     path = place.path
-    whole = _node(config.to_dict(), path)
+    whole = node_at(config.to_dict(), path)
     kinds = []
     for i in range(layers):
         values = dict(whole)

@@ -87,7 +87,8 @@ class Explain:
             if kind_of(axis) not in (LAYERS, WAVES) and axis in others:
                 self._terms.append((axis, sizes[axis], others[axis]))
         for experts in (axis for axis in sizes if kind_of(axis) == EXPERTS):
-            for ffn in {near(experts, kind, sizes) for kind in (FFN, MOE_FFN)} & others.keys():
+            inside = {near(experts, kind, sizes) or "" for kind in (FFN, MOE_FFN)}
+            for ffn in sorted(inside & others.keys()):
                 text = f"{experts} {ffn}"
                 self._terms.append((text, sizes[experts] * sizes[ffn], others[experts] * others[ffn]))
         self._sines = dict(_sines(small))
