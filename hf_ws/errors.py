@@ -10,6 +10,7 @@
     ├── DataError (ValueError)            training text that is missing, empty or unusable
     ├── DivergenceError (ArithmeticError) a loss that is no longer finite
     ├── ResumeError (ValueError)          a training checkpoint that cannot be continued
+    ├── StoppedError                      a run that was told to end, and can be continued
     └── OutputError (OSError)             an output that cannot be written
 
 Each message names the thing, what came, what is allowed, and what to do. Each class is also the built-in error
@@ -74,6 +75,12 @@ class DivergenceError(HfWsError, ArithmeticError):
     """The loss is no longer finite; the last good checkpoint was kept."""
 
     exit_code = 6
+
+
+class StoppedError(HfWsError):
+    """SIGTERM came; a whole checkpoint was written."""
+
+    exit_code = 143  # what a shell reports of a process that SIGTERM ended: 128 + 15
 
 
 class OutputError(HfWsError, OSError):

@@ -78,7 +78,7 @@ def save(
             f"this {type(model).__name__} carries no plan, so no card can say how it was made; "
             "give a model from AutoSubclone.from_pretrained or Plan.apply, or use model.save_pretrained"
         )
-    plan = _nameable(plan)
+    plan = nameable(plan)
     folder = Path(path).expanduser()
     with store.new_folder(folder, source_folder) as staging:
         if source_folder is not None:
@@ -142,7 +142,7 @@ def model_card(
         command: The command line that made it.
         facts: Further metadata, such as `language` or `license_link`.
     """
-    plan = _nameable(plan)
+    plan = nameable(plan)
     transferred = not plan.is_fresh("*")
     before, after = plan.parameters
     change = ["pruned"] if after < before else ["grown"] if after > before else []
@@ -160,7 +160,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _nameable(plan: Plan) -> Plan:
+def nameable(plan: Plan) -> Plan:
     """The plan without a path of this machine: a folder is called by its name."""
     return plan if plan.revision else replace(plan, source=Path(plan.source).resolve().name)
 

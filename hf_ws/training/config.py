@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
-
-import yaml
+from typing import Any, Literal, Self, get_args, get_origin
 
 from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import PlanError
+from hf_ws.training.blocks import Lora, Subclone
+from hf_ws.training.presets import PRESETS
+from hf_ws.training.typed import block_of, check_types, made, pair, read_settings, say
 
 Weight = float | list[float]
 """A loss's weight; of a pair, the weight at the start of the run and that at its end, moving evenly."""
@@ -42,6 +42,7 @@ class TrainConfig:
 
     # What is trained, and where the run is written.
     model: str | None = None  # folder or Hub id of the start; its weights are trained in float32
+    subclone: Subclone | None = None  # instead of model: the source and sizes of a start made inside the run
     output: str | None = None  # folder of the run: metrics, picture, checkpoints, and the result in model/
     save_model: bool = True  # write the trained model and its tokenizer to <output>/model
     resume: bool = False  # continue the run in `output` from its last whole checkpoint, or start it
@@ -68,8 +69,15 @@ class TrainConfig:
     batch_size: int = 8  # sequences a process takes at a time
     grad_accum: int = 1  # batches a process adds up before an optimizer step
 
+    # What is trained of it, and at what price.
+    lora: Lora | None = None  # adapters of low rank instead of all weights
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass, to save memory
+    compile: bool = False  # compile every layer with torch.compile
+
     # Optimizer and schedule.
+    preset: Literal["inherited"] | None = None  # fills what is not given; inherited: lower rate and decay
     learning_rate: float = 3e-4  # at its peak
+    layer_lr_decay: float | None = None  # a layer's rate, as a part of the rate of the layer after it
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     min_lr_ratio: float = 0.1  # where the cosine ends, as a part of the peak
     warmup_steps: int | None = None  # linear from 0; by default one step in fifty
@@ -107,16 +115,22 @@ class TrainConfig:
         """Whether a teacher has any weight at any time."""
         return self.kd_weight not in (0.0, [0.0, 0.0]) and bool(self.kd_losses)
 
+    def __new__(cls, **given: Any) -> Self:
+        """Remembers what was given, which a preset leaves as it is."""
+        config = object.__new__(cls)
+        object.__setattr__(config, "_given", frozenset(given))
+        return config
+
     def __post_init__(self) -> None:
-        faults = []
+        given: frozenset[str] = self._given  # type: ignore[attr-defined]
+        for name, value in PRESETS.get(str(self.preset), {}).items():
+            if name not in given:
+                object.__setattr__(self, name, value)
         for name, hint in typing.get_type_hints(TrainConfig).items():
-            value = getattr(self, name)
-            if isinstance(value, int) and not isinstance(value, bool) and hint in (float, Weight):
-                object.__setattr__(self, name, float(value))
-            elif not _fits(value, hint):
-                faults.append(f"{name}={value!r}; allowed: {_say(hint)}")
-        if not faults:
-            faults = list(_out_of_range(self))
+            value, block = getattr(self, name), block_of(hint)
+            if block and isinstance(value, Mapping):
+                object.__setattr__(self, name, made(block, value, name))
+        faults = list(check_types(self)) or list(_out_of_range(self))
         if faults:
             raise PlanError("training settings: " + "; and ".join(faults))
 
@@ -127,37 +141,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         PlanError: No such file, not a mapping, an unknown or repeated key, a wrong type; with the line.
     """
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} cannot be read as a settings file: {error}") from error
-    except yaml.YAMLError as error:
-        raise PlanError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise PlanError(f"{path} must hold `key: value` lines, one a setting")
-    hints = typing.get_type_hints(TrainConfig)
-    values: dict[str, Any] = {}
-    for key_node, value_node in root.value:
-        where = f"{path}, line {key_node.start_mark.line + 1}"
-        key, value = (
-            _Loader("").construct_object(key_node),
-            _Loader("").construct_object(value_node, deep=True),
-        )
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            raise PlanError(
-                f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        if key in values:
-            raise PlanError(f"{where}: {key!r} is set a second time; keep one")
-        if isinstance(value, str) and list[str] == hints[key]:
-            value = [value]
-        if not _fits(value, hints[key]):
-            raise PlanError(f"{where}: {key}={value!r}; allowed: {_say(hints[key])}")
-        values[key] = value
-    return values
+    return read_settings(path, TrainConfig)
 
 
 def config_from_flags(arguments: Sequence[str] | None, description: str) -> TrainConfig:
@@ -178,7 +162,10 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
         shown = f" (default: {default})" if default not in (None, []) else ""
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
         options["help"] = (helps[one.name] + shown).replace("%", "%%")
-        if hints[one.name] is bool:
+        if block := block_of(hints[one.name]):
+            options |= {"nargs": "+", "type": pair, "metavar": "KEY=VALUE"}
+            options["help"] += f"; {say(block)}; over the file's, key by key"
+        elif hints[one.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hints[one.name]) is list:
             options |= {"nargs": "+", "type": int if hints[one.name] == list[int] else str, "metavar": "X"}
@@ -198,7 +185,10 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
     given = vars(parser.parse_args(arguments))
     given |= {name: dict(value) for name, value in given.items() if get_origin(hints.get(name)) is dict}
     file = given.pop("config", None)
-    return TrainConfig(**{**(load_config_file(file) if file else {}), **given})
+    values = load_config_file(file) if file else {}
+    for name in [name for name in given if block_of(hints[name])]:
+        given[name] = (values.get(name) or {}) | dict(given[name])
+    return TrainConfig(**{**values, **given})
 
 
 def _weight(text: str) -> Weight:
@@ -213,49 +203,6 @@ def _named_weight(text: str) -> tuple[str, Weight]:
     return name, _weight(weight or "1")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(part, one) for item in value.items() for part, one in zip(item, get_args(hint), strict=True)
-        )
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _say(hint: Any) -> str:
-    """A type in a user's words."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return ", ".join(map(str, get_args(hint)))
-    if origin is list:
-        return f"a list of {_say(get_args(hint)[0])}s"
-    if origin is dict:
-        return f"a mapping to {_say(get_args(hint)[1])}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(_say(one) for one in get_args(hint))
-    names = {float: "number", int: "whole number", str: "text", bool: "true or false", type(None): "nothing"}
-    return names[hint]
-
-
 def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     if (config.steps is None) == (config.tokens is None):
         yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
@@ -263,6 +210,14 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         yield "train_files, dataset and mixture: give one of the three"
     if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
         yield f"mixture={config.mixture}; weights are single numbers above 0"
+    if config.model and config.subclone:
+        yield f"model={config.model!r} and subclone both given; give one of the two"
+    for block in (config.subclone, config.lora):
+        yield from block.faults() if block else ()
+    if config.layer_lr_decay is not None and not 0 < config.layer_lr_decay <= 1:
+        yield f"layer_lr_decay={config.layer_lr_decay}; above 0, up to 1"
+    if config.compile and "attention_relation" in config.kd_losses and config.distils:
+        yield "compile and attention_relation, which looks inside layers; leave out one"
     least = {
         "steps": 1,
         "tokens": 1,

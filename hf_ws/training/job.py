@@ -18,9 +18,12 @@ from hf_ws.distill.teacher import check_vocabulary, load_model, load_teacher, lo
 from hf_ws.errors import CheckpointError, DataError, DistillationError, PlanError
 from hf_ws.hub import PLAN_FILE
 from hf_ws.plan import Plan
+from hf_ws.training import adapters
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed, check_ids
 from hf_ws.training.records import fingerprint
+from hf_ws.training.run_folder import START
+from hf_ws.training.start import Start, saved_plan, teacher_by_default
 from hf_ws.training.tasks import TASKS, Rows, Task
 from hf_ws.training.tasks.causal_lm import keeps_apart
 from hf_ws.training.teacher_cache import TeacherCache
@@ -55,6 +58,14 @@ class Job:
     """Of a mixture, the rows of each source and its weight."""
     cache: TeacherCache | None = None
     """What the teacher said, in its place."""
+
+    @property
+    def base(self) -> str | None:
+        """What adapters of the student are adapters of: a folder or Hub id; None if nobody knows."""
+        config = self.config
+        if config.subclone:
+            return str(Path(config.output) / START) if config.output else config.subclone.source
+        return config.model or self.model.name_or_path or None
 
     def fingerprints(self) -> dict[str, Any]:
         """What besides the settings decides what is learned."""
@@ -113,13 +124,23 @@ def prepare(
     Raises:
         PlanError, CheckpointError, DataError, DistillationError: Naming what is wrong and what to do.
     """
-    if model is None and config.model is None:
-        raise PlanError("no model to train: set model= to a folder or Hub id, or give a live one")
+    start, named = None, config.model
+    if model is None and config.subclone:
+        start = Start.of(config.subclone, TASKS[task].auto_class)
+        named = start.located()
+    elif model is None and config.model is None:
+        raise PlanError(
+            "no model to train: set model= to a folder or Hub id, or subclone= to make one; or give a live one"
+        )
+    elif config.subclone:
+        raise PlanError("a live model and subclone= both given; give one of the two")
     kind = TASKS[task]
-    tokenizer = tokenizer or (kind.load_processor(config.model) if config.model else None)
-    student = model.config if model is not None else _read_config(str(config.model))
+    tokenizer = tokenizer or (kind.load_processor(named) if named else None)
+    student = model.config if model is not None else start.config if start else _read_config(str(named))
     teacher = (config.teacher if teacher is None else teacher) if config.distils else None
     cache = _open_cache(config, task, teacher, student, tokenizer)
+    if start and teacher is None and cache is None and config.distils:
+        teacher = teacher_by_default(start, str(named))
     if teacher is not None:
         _check_teacher(teacher, model, student, tokenizer)
     doing = kind(config, student, tokenizer)
@@ -139,7 +160,12 @@ def prepare(
         check_positions(student, length, "the model")
     if held_out is not None:
         held_out = _whole_batches(held_out, config)
-    loaded = load_model(str(config.model), kind.auto_class, torch.float32) if model is None else model.float()
+    if start:
+        loaded = start.make(doing, blocks, saved_plan(config.output, config.resume))
+    else:
+        loaded = load_model(str(named), kind.auto_class, torch.float32) if model is None else model.float()
+    if config.lora:
+        adapters.check_targets(loaded, config.lora)
     taught_by = None if teacher is None else load_teacher(teacher, kind.auto_class)
     if taught_by is not None and doing.unit == "tokens":
         check_positions(taught_by.config, length, "the teacher")
@@ -161,7 +187,7 @@ def prepare(
         held_out=held_out,
         bytes_per_token=data.bytes_per_token,
         parts=data.parts,
-        plan=plan_of(loaded, config.model if model is None else None),
+        plan=plan_of(loaded, named if model is None else None),
         cache=cache,
     )
     if cache is not None:

@@ -5,6 +5,9 @@
     loss.png          the same as a picture
     checkpoint-N/     weights, optimizer, schedule, random state; and whole.json, written last
     model/            the trained model and its tokenizer, there only when training has ended
+    adapter/          with `lora`: the trained adapters; model/ is there besides if they were to be merged
+    hf_ws_plan.json   with `subclone`: how the start was made; beside the trained model too
+    start/            with both: the start, without which the adapters are nothing
 
 A checkpoint is whole when `whole.json` is there and every file it lists has the size and hash it had.
 """
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 MARK = "run.json"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
-MODEL = "model"
+MODEL, ADAPTER, START = "model", "adapter", "start"
 _MANIFEST = "whole.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +28,15 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws.distill.teacher import load_model
 from hf_ws.errors import PlanError
-from hf_ws.store import new_folder
-from hf_ws.training import run_folder
+from hf_ws.training import adapters, layers, result, run_folder
 from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
 from hf_ws.training.objective import Objective
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
+from hf_ws.training.stop import Stopper
 from hf_ws.training.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
@@ -49,17 +48,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ when a run is continued: what they name is known by its fingerprint, or they change
 # what is recorded and not what is learned.
-_FREE = {
-    "model",
-    "teacher",
-    "teacher_cache",
-    "output",
-    "save_model",
-    "resume",
-    "eval_files",
-    "max_eval_blocks",
-    "threads",
-}
+_FREE = {"model", "teacher", "output", "save_model", "resume", "eval_files", "max_eval_blocks", "threads"}
+_FREE |= {"teacher_cache", "preset"}  # what the second fills is compared
 _FREE |= {"eval_every", "eval_at", "log_every", "save_every", "keep_checkpoints", "report_to", "progress"}
 
 
@@ -106,7 +96,8 @@ def train(
     Args:
         config: The settings.
         task: A name in `hf_ws.training.tasks.TASKS`.
-        model: A live model; it is trained in place, in float32, and left in eval mode.
+        model: A live model; it is trained in place, in float32, and left in eval mode. With `lora` the adapters stay
+            in its modules, unless they are merged.
         tokenizer: Needed where text comes as text; saved beside the model. Another processor for other data.
         teacher: A live model, folder or Hub id. Not loaded if `kd_weight` is 0.
         train_blocks: Blocks that `pack` made, or token ids [blocks, tokens].
@@ -115,6 +106,7 @@ def train(
     Raises:
         PlanError, CheckpointError, DataError, DistillationError, OutputError, ResumeError: Before any work.
         DivergenceError: The loss is no longer finite; checkpoints written before are whole and stay.
+        StoppedError: SIGTERM came; there is a checkpoint of the last step. Only where there is an `output`.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -146,8 +138,9 @@ def _train(job: Job, folder: Path | None) -> History:
     damaged: list[Path] = []
     if folder and (folder / run_folder.MARK).is_file():
         run_folder.check_same_run(folder, record)
-        if (folder / run_folder.MODEL).is_dir():
-            return _already_done(folder, job)
+        if left := result.finished(folder, job):
+            result.restore(left, job)
+            return History(run_folder.read_metrics(folder), job.tokens_per_step, left)
         checkpoint, damaged = run_folder.last_whole_checkpoint(folder)
     state = PartialState()
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -156,22 +149,22 @@ def _train(job: Job, folder: Path | None) -> History:
         rows = run_folder.begin(folder, record, checkpoint, damaged)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
+        if folder and state.is_main_process:
+            result.keep_start(folder, job)
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_ws-")))
         recorder = Recorder(job, folder, rows)
         trainer = _trainer(job, place, recorder, resumed=checkpoint is not None)
         _run(trainer, recorder, checkpoint)
-        saved = folder / run_folder.MODEL if folder and job.config.save_model else None
-        if saved:
-            _save(trainer, saved, job.tokenizer)
+        saved = result.save(trainer, folder, job) if folder and job.config.save_model else None
     return History(recorder.rows, job.tokens_per_step, saved)
 
 
 class _Trainer(Trainer):
     """Transformers' Trainer with our objective, and more in each log."""
 
-    def __init__(self, *, job: Job, **options: Any) -> None:
+    def __init__(self, *, job: Job, stopper: Stopper, **options: Any) -> None:
         super().__init__(**options)
-        self.job = job
+        self.job, self.stopper = job, stopper
         teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
         batch = job.task.batch([Placed(job.blocks, [0])[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
@@ -182,6 +175,10 @@ class _Trainer(Trainer):
             self.objective.apart = False
         # The objective takes the count of labels, so nothing is divided again.
         self.model_accepts_loss_kwargs = True
+        decay = job.config.layer_lr_decay
+        self._rates = layers.rates(job.model, batch, decay) if decay else {}
+        if job.config.compile:
+            layers.compiled(job.model)
         self._parts: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -189,6 +186,14 @@ class _Trainer(Trainer):
         """As Transformers does it; and FSDP2 where it was asked for and there are only CPUs."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= split_on_cpu(self.accelerator)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's, with a rate for each layer where that is asked for."""
+        made = self.optimizer is None
+        super().create_optimizer(model)
+        if made and self._rates:
+            layers.regroup(self.optimizer, self.job.model, self._rates)
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -247,16 +252,18 @@ class Placed(TorchDataset[dict[str, Any]]):
 
 
 def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
+    stopper = Stopper()
     trainer = _Trainer(
         job=job,
-        model=job.model,
+        stopper=stopper,
+        model=adapters.wrapped(job) if job.config.lora else job.model,
         args=_arguments(job, place, resumed),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
         train_dataset=Placed(job.blocks, job.order().tolist(), job.cache),
         eval_dataset=None if job.held_out is None else Placed(job.held_out, range(len(job.held_out))),
         data_collator=job.task.batch,
-        callbacks=[recorder],
+        callbacks=[stopper, recorder],  # in this order: the second logs where the first saves
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -286,6 +293,7 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
+        **(_checkpointing() if config.gradient_checkpointing else {}),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=engine().get("cpu", False),
@@ -308,6 +316,13 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
         label_names=["labels"],
         remove_unused_columns=False,  # the task makes the batch
     )
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Computes activations again, by the name that this release of Transformers has for it."""
+    old = "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
+    word = "gradient_checkpointing" if old else "activation_checkpointing"
+    return {word: True, f"{word}_kwargs": {"use_reentrant": False}}
 
 
 def _precision(config: TrainConfig) -> str:
@@ -338,7 +353,9 @@ def _quiet() -> Iterator[None]:
 def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None:
     model = recorder.job.model
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with trainer.stopper.listening() if recorder.folder else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.stopper.check(trainer.state.global_step, trainer.state.max_steps)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Bar):
@@ -348,22 +365,3 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         model.eval()
         if recorder.folder and trainer.is_world_process_zero():
             run_folder.draw_losses(recorder.folder, recorder.rows)
-
-
-def _save(trainer: _Trainer, target: Path, tokenizer: Any) -> None:
-    """Write the trained model, whole or not at all. Every process takes part: its shards may be spread."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        with new_folder(target) as staging:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=weights)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _already_done(folder: Path, job: Job) -> History:
-    logger.warning("the run in %s is finished; nothing to do", folder)
-    trained = load_model(folder / run_folder.MODEL, job.task.auto_class, torch.float32)
-    job.model.load_state_dict(trained.state_dict())
-    job.model.eval()
-    return History(run_folder.read_metrics(folder), job.tokens_per_step, folder / run_folder.MODEL)
