@@ -48,19 +48,12 @@ def rates(model: PreTrainedModel, inputs: Mapping[str, Any], decay: float) -> di
     """
     stacks = stacks_of(model)
     order = _order(model, {name: value for name, value in inputs.items() if name != "labels"})
-    first = {name: order.get(f"{name}.0", 0) for name in stacks}
-    found = {}
-    for name, _ in model.named_parameters():
-        layer = _layer(name, stacks)
-        if layer is not None:
-            stack, number = layer
-            found[name] = decay ** (len(stacks[stack]) - number)
-            continue
-        near = [stack for stack in stacks if name.startswith(f"{stack.rpartition('.')[0]}.")] or list(stacks)
-        called = order.get(name.rpartition(".")[0], len(order))
-        ahead = [len(stacks[stack]) + 1 for stack in near if called < first[stack]]
-        found[name] = decay ** max(ahead) if len(ahead) == len(near) else 1.0
-    return found
+    every = dict(model.named_parameters(remove_duplicate=False))
+    lowest: dict[torch.Tensor, float] = {}  # of what has several names, the name nearest to the input counts
+    for name, parameter in every.items():
+        rate = decay ** _steps(name, stacks, order)
+        lowest[parameter] = min(rate, lowest.get(parameter, 1.0))
+    return {name: lowest[parameter] for name, parameter in model.named_parameters()}
 
 
 def regroup(optimizer: Any, model: nn.Module, factors: Mapping[str, float]) -> None:
@@ -87,13 +80,17 @@ def compiled(model: PreTrainedModel) -> None:
             layer.forward = torch.compile(layer.forward)
 
 
-def _layer(name: str, stacks: Stacks) -> tuple[str, int] | None:
-    """The innermost stack that a parameter lies in, and its layer."""
+def _steps(name: str, stacks: Stacks, order: Mapping[str, int]) -> int:
+    """How far a parameter is from the end: 0 after the layers, 1 in the last one."""
     inside = [stack for stack in stacks if name.startswith(f"{stack}.")]
-    if not inside:
-        return None
-    stack = max(inside, key=len)
-    return stack, int(name.removeprefix(f"{stack}.").split(".")[0])
+    if inside:
+        stack = max(inside, key=len)
+        return len(stacks[stack]) - int(name.removeprefix(f"{stack}.").split(".")[0])
+    near = [stack for stack in stacks if name.startswith(f"{stack.rpartition('.')[0]}.")] or list(stacks)
+    called = order.get(name.rpartition(".")[0], len(order))
+    if all(called < order.get(f"{stack}.0", 0) for stack in near):
+        return max((len(stacks[stack]) + 1 for stack in near), default=0)
+    return 0
 
 
 @torch.no_grad()
