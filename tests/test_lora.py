@@ -215,6 +215,12 @@ def test_unknown_targets_are_refused_by_name(tmp_path, lora, model, message) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_engines_that_split_weights_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PlanError, match=r"lora under FSDP: .* launch with recipes/accelerate/ddp.yaml"):
+        job(SHORT, llama())
+
+
 def test_a_model_with_adapters_is_refused() -> None:
     made = job(SHORT, llama())
     wrapped(made)

@@ -7,6 +7,7 @@ the states that a teacher's are compared with, rates by layer) finds them as bef
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,15 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
     """Refuse adapters for modules that the model does not have.
 
     Raises:
-        PlanError: A name that is the end of no linear module, a head that is tied, or adapters already there.
+        PlanError: A name that is the end of no linear module, a head that is tied, adapters already there, or an engine
+            that splits weights over processes.
     """
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise PlanError(
+                f"lora under {engine}: adapters are trained where every process has the whole model; launch with "
+                "recipes/accelerate/ddp.yaml, cpu2.yaml or single.yaml"
+            )
     if getattr(model, "peft_config", None) or any("lora_" in name for name, _ in model.named_parameters()):
         raise PlanError("the model has adapters already; merge them first with PeftModel.merge_and_unload()")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
