@@ -124,16 +124,7 @@ def prepare(
     Raises:
         PlanError, CheckpointError, DataError, DistillationError: Naming what is wrong and what to do.
     """
-    start, named = None, config.model
-    if model is None and config.subclone:
-        start = Start.of(config.subclone, TASKS[task].auto_class)
-        named = start.located()
-    elif model is None and config.model is None:
-        raise PlanError(
-            "no model to train: set model= to a folder or Hub id, or subclone= to make one; or give a live one"
-        )
-    elif config.subclone:
-        raise PlanError("a live model and subclone= both given; give one of the two")
+    start, named = _named(config, task, model)
     kind = TASKS[task]
     tokenizer = tokenizer or (kind.load_processor(named) if named else None)
     student = model.config if model is not None else start.config if start else _read_config(str(named))
@@ -147,17 +138,7 @@ def prepare(
     data = _rows(doing, train_blocks, eval_blocks)
     blocks, held_out = data.train, data.held_out
     per_step = config.batch_size * config.grad_accum * PartialState().num_processes
-    if len(blocks) < per_step:
-        raise DataError(
-            f"{len(blocks)} blocks came and one step takes {per_step} (batch_size x grad_accum x processes); "
-            "give more text, a smaller batch or a shorter block"
-        )
-    length = doing.length(blocks)
-    if doing.unit == "tokens":
-        for one in (blocks, held_out):
-            if one is not None:
-                check_ids(one, student.get_text_config().vocab_size)
-        check_positions(student, length, "the model")
+    length = _check_rows(doing, data, student, per_step)
     if held_out is not None:
         held_out = _whole_batches(held_out, config)
     if start:
@@ -193,6 +174,36 @@ def prepare(
     if cache is not None:
         cache.check_blocks(blocks, job.order(), progress=config.progress and PartialState().is_main_process)
     return job
+
+
+def _named(config: TrainConfig, task: str, model: PreTrainedModel | None) -> tuple[Start | None, str | None]:
+    """The start to be made, if one is, and where tokenizer and weights are. Raises PlanError."""
+    if config.subclone and model is not None:
+        raise PlanError("a live model and subclone= both given; give one of the two")
+    if config.subclone:
+        start = Start.of(config.subclone, TASKS[task].auto_class)
+        return start, start.located()
+    if model is None and config.model is None:
+        raise PlanError(
+            "no model to train: set model= to a folder or Hub id, or subclone= to make one; or give a live one"
+        )
+    return None, config.model
+
+
+def _check_rows(task: Task, data: Rows, student: PreTrainedConfig, per_step: int) -> int:
+    """The length of a row. Raises DataError where rows are too few, too long, or speak of other tokens."""
+    if len(data.train) < per_step:
+        raise DataError(
+            f"{len(data.train)} blocks came and one step takes {per_step} (batch_size x grad_accum x processes); "
+            "give more text, a smaller batch or a shorter block"
+        )
+    length = task.length(data.train)
+    if task.unit == "tokens":
+        for one in (data.train, data.held_out):
+            if one is not None:
+                check_ids(one, student.get_text_config().vocab_size)
+        check_positions(student, length, "the model")
+    return length
 
 
 def _open_cache(
