@@ -25,6 +25,10 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
         (family, "vision_config.sam_config.downsample_channels"): Whole(_joined)
         for family in ("deepseek_ocr2", "unlimited_ocr")
     },
+    ("clvp", "text_config.projection_dim"): "projection_dim",
+    ("clvp", "speech_config.projection_dim"): "projection_dim",
+    ("pp_formulanet", "vision_config.decoder_hidden_size"): "text_config.d_model",
+    ("nemotron_h_omni", "vision_hidden_size"): "vision_config.hidden_size",
     ("granite4_vision", "qformer_config.hidden_size"): "vision_config.hidden_size",
     ("granite4_vision", "qformer_config.num_attention_heads"): Whole(
         lambda v: v["vision_config"]["hidden_size"] // 64

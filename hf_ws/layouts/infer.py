@@ -335,7 +335,9 @@ def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bo
     An attention is called so, or the class of what the module is a direct part of, the `whole`, is.
     """
     path = name.split(".")
-    about = [part for part in path[:-1] if not part.endswith("layers")]  # a stack may be called after what it has
+    about = [
+        part for part in path[:-1] if not part.endswith("layers")
+    ]  # a stack may be called after what it has
     if not ATTENTION.search(".".join([*about, type(whole).__name__]).lower()):
         return False
     if isinstance(module, nn.MultiheadAttention):  # all its heads' queries, keys and values

@@ -231,5 +231,6 @@ def _read_width(model: PreTrainedModel) -> int | None:
 
 def ids(config: PreTrainedConfig, seed: int = 1, length: int = 9) -> Tensor:
     """Token ids [2, length], none of them reserved."""
-    vocab = sizes_of(config)[VOCAB]
+    sizes = sizes_of(config)
+    vocab = sizes.get(VOCAB) or min(size for axis, size in sizes.items() if axis.endswith(VOCAB))
     return torch.randint(RESERVED, vocab, (2, length), generator=torch.Generator().manual_seed(seed))

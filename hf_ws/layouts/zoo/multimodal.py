@@ -58,7 +58,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 FIELDS: dict[str, dict[str, Any]] = {
     "aya_vision": {"alignment_intermediate_size": 64},  # halved by its gate: no axis
-    "deepseek_vl_hybrid": {"text_config.hidden_size": 480},  # two towers give half of it each
     "chameleon": {"vocabulary_map": Open({"<image>": 5}), "image_token_id": 5},
     "emu3": {"vocabulary_map": Open({"<image>": 5, "<|extra_200|>": 6}), "image_token_id": 5},
     "deepseek_ocr2_text": {
@@ -144,6 +143,14 @@ FIELDS: dict[str, dict[str, Any]] = {
         "intermediate_layers_indices": [0, 1],
         "num_global_layers": 2,
         "vision_output_dim": Each(432, 720),  # the last layer's hidden size and those of the two in between
+    },
+    "deepseek_vl_hybrid": {"text_config.hidden_size": 480},  # two towers give half of it each
+    "nemotron_h_omni": {"image_token_id": Open(5), "audio_token_id": Open(6)},
+    "clvp": {  # at least 32 channels of a head turn
+        "text_config.hidden_size": Each(240, 432),
+        "text_config.num_attention_heads": Each(6, 9),
+        "speech_config.hidden_size": Each(200, 288),
+        "speech_config.num_attention_heads": Each(5, 6),
     },
     "molmo2": {"image_patch_id": 5},
     "molmo2_vision": {"num_position_embeddings": 16},

@@ -153,6 +153,13 @@ def _stacked_tiles(model: PreTrainedModel) -> dict[str, Tensor]:
     return made | {"attention_mask": torch.ones_like(made["input_ids"])}
 
 
+def _patches_by_row(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Nemotron Omni: the patches of all images, and how many rows and columns of them each has."""
+    patch = model.vision_model.patch_size
+    pixels, grid = noise(2 * 16, 3 * patch**2), torch.tensor([[4, 4]] * 2)
+    return media_and_text(model, pixel_values=pixels, image_grid_hw=grid)
+
+
 def _captioned(model: PreTrainedModel) -> dict[str, Tensor]:
     """A vision encoder and a text decoder, each of its own family."""
     node = model.config.encoder
@@ -252,6 +259,7 @@ INPUTS: dict[str, Callable[[PreTrainedModel], Mapping[str, Tensor]]] = {
     "mllama": _tiled,
     "molmo2": _pooled,
     "pix2struct": _rows_and_columns,
+    "nemotron_h_omni": _patches_by_row,
     "granite4_vision": _stacked_tiles,
     "granite_docling": _tiles_of_pages,
     "vision-encoder-decoder": _captioned,
