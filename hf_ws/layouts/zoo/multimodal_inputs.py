@@ -157,7 +157,8 @@ def _patches_by_row(model: PreTrainedModel) -> dict[str, Tensor]:
     """Nemotron Omni: the patches of all images, and how many rows and columns of them each has."""
     patch = model.vision_model.patch_size
     pixels, grid = noise(2 * 16, 3 * patch**2), torch.tensor([[4, 4]] * 2)
-    return media_and_text(model, pixel_values=pixels, image_grid_hw=grid)
+    text = words(model.config, [(model.config.image_token_id, 4)])  # four patches to a word
+    return {"input_ids": text, "pixel_values": pixels, "image_grid_hw": grid}
 
 
 def _captioned(model: PreTrainedModel) -> dict[str, Tensor]:
