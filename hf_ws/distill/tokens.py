@@ -43,8 +43,8 @@ CROSS_ENTROPY = "cross_entropy"
 WHOLE = ("logit_mse",)
 """Losses that are none on merged outcomes."""
 
-_CHUNK = 512
-"""Tokens in float32 at one time: 512 x 128k is 256 MB for each of the few tables alive."""
+_ENTRIES = 2**25
+"""Of a table in float32 at one time, where no other chunk is asked for: 128 MB for each of the few tables alive."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def token_losses(
     vocabulary: int | None = None,
     num_items_in_batch: Tensor | int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    chunk: int = _CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of losses at every counted token, and each of them alone, in nats per token.
 
-    Computed in float32 whatever the dtypes (float64 for float64), `chunk` tokens at a time, gradients in the same pass.
+    Computed in float32 whatever the dtypes (float64 for float64), a chunk of tokens at a time, gradients on the way.
 
     Args:
         student: Logits [..., vocab], or hidden states [..., channels] with a `student_head`.
@@ -113,7 +113,7 @@ def token_losses(
         num_items_in_batch: The tokens counted in all the micro-batches of one optimizer step, so that their losses add
             up to the mean over that step. None: the tokens counted here.
         options: Keyword arguments of losses, by name.
-        chunk: Tokens in float32 at one time.
+        chunk: Tokens in float32 at one time; by default as many as keep a table at 128 MB.
 
     Returns:
         A scalar with gradient, and scalars without; zero if no token counts.
@@ -128,6 +128,7 @@ def token_losses(
     if not weights:
         return student.new_zeros(()), {}
     rows = student.reshape(-1, student.shape[-1])
+    chunk = chunk or max(1, _ENTRIES // (len(student_head.weight) if student_head else rows.shape[-1]))
     taught = teacher.detach().reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher
     own = (None, None) if student_head is None else (student_head.weight, student_head.bias)
     sums = _Sums.apply(objective, chunk, labels.reshape(-1), taught, student_head, teacher_head, rows, *own)

@@ -1,0 +1,277 @@
+"""What training costs: tokens per second against a bare loop and Transformers' Trainer, and memory of distilling.
+
+    python benchmarks/training.py                        # on a CPU; some ten minutes
+    python benchmarks/training.py --shape large          # on a GPU, bf16: with model FLOPs utilisation
+    python benchmarks/training.py --only memory
+
+Every measurement is a process of its own; the arms of a repeat follow one another, so that what slows the machine slows
+them all; medians are printed.
+
+    bare        forward, backward, clip, AdamW, schedule: a loop of a dozen lines
+    trainer     Transformers' Trainer as its run_clm.py example uses it
+    ours        hf_ws.training.train
+    teacher     the teacher's forward pass alone, on the same batches
+    distil      hf_ws.training.train with that teacher, forward KL
+
+    plain       forward KL and cross-entropy from whole float32 logits, backward; peak memory at a vocabulary of 128 k
+    chunked     the same by hf_ws.distill.token_losses, from hidden states
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "student": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
+        "teacher": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
+        "vocab": 8192, "block": 256, "batch": 8, "steps": 12, "precision": "fp32",
+    },
+    "large": {  # about 0.5 B and 1.5 B
+        "student": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 20, "num_attention_heads": 20},
+        "teacher": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 26, "num_attention_heads": 32},
+        "vocab": 32768, "block": 2048, "batch": 8, "steps": 30, "precision": "bf16",
+    },
+}  # fmt: skip
+ARMS = ("bare", "trainer", "ours", "teacher", "distil")
+MEMORY = ("plain", "chunked")
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""bf16 FLOP/s of the makers' sheets, dense."""
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("speed", "memory"))
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(measure(args.arm, SHAPES[args.shape], args.threads)))
+        return
+    for title, arms in (("speed", ARMS), ("memory", MEMORY)):
+        if args.only in (None, title):
+            found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+            for run in range(args.runs):
+                for arm in arms:
+                    print(f"{title}, run {run + 1} of {args.runs}: {arm}", file=sys.stderr)
+                    found[arm].append(one(arm, args))
+            report(title, found)
+
+
+def one(arm: str, args: argparse.Namespace) -> dict[str, float]:
+    """One measurement, in a process of its own."""
+    command = [sys.executable, __file__, "--arm", arm, "--shape", args.shape, "--threads", str(args.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(title: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """Medians as a table."""
+    middle = {
+        arm: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for arm, runs in found.items()
+    }
+    if title == "memory":
+        print("\n| | GB | seconds | share of plain's memory |\n|---|---|---|---|")
+        for arm, own in middle.items():
+            share = own["gigabytes"] / middle["plain"]["gigabytes"]
+            print(f"| {arm} | {own['gigabytes']:.2f} | {own['seconds']:.2f} | {share:.2f} |")
+        return
+    print("\n| | tokens/s | x bare | FLOPs utilisation |\n|---|---|---|---|")
+    for arm, own in middle.items():
+        used = f"{own['utilisation']:.0%}" if own["utilisation"] else ""
+        print(f"| {arm} | {own['speed']:,.0f} | {own['speed'] / middle['bare']['speed']:.2f} | {used} |")
+    apart = 1 / (1 / middle["bare"]["speed"] + 1 / middle["teacher"]["speed"])
+    print(f"\ndistil takes {apart / middle['distil']['speed']:.3f} x the time of bare and teacher together")
+
+
+def measure(arm: str, shape: dict[str, Any], threads: int) -> dict[str, float]:
+    """What this process was started for."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arm in MEMORY:
+        return peak(arm, device)
+    student = llama(shape, "student").to(device)
+    teacher = llama(shape, "teacher").to(device).eval() if arm in ("teacher", "distil") else None
+    if teacher is not None and shape["precision"] == "bf16":
+        teacher = teacher.bfloat16()
+    count = shape["batch"] * shape["steps"]
+    ids = torch.randint(shape["vocab"], (count, shape["block"]))
+    run = {"bare": bare, "trainer": trainer, "ours": ours, "teacher": forward, "distil": ours}[arm]
+    seconds = run(student, teacher, ids, shape, device)
+    speed = shape["batch"] * shape["block"] / seconds
+    flops = 6 * size(student) * (arm != "teacher") + 2 * size(teacher) * (teacher is not None)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    best = next((value for key, value in PEAK.items() if key in name), 0.0)
+    return {"speed": speed, "utilisation": speed * flops / best if best else 0.0}
+
+
+def llama(shape: dict[str, Any], which: str) -> Any:
+    """A fresh model of a shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": shape["vocab"], "max_position_embeddings": shape["block"]}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **shape[which]))
+
+
+def size(model: Any) -> int:
+    """Parameters that a token is multiplied with: the table of embeddings is looked up."""
+    return (
+        0 if model is None else sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    )
+
+
+def paced(step: Callable[[int], None], steps: int, device: Any) -> float:
+    """Seconds a step, the first third left out."""
+    import torch
+
+    warm, started = steps // 3, 0.0
+    for number in range(steps):
+        if number == warm:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+        step(number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / (steps - warm)
+
+
+def half(shape: dict[str, Any], device: Any) -> Any:
+    """The precision that the arms share."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16) if shape["precision"] == "bf16" else nullcontext()
+
+
+def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
+    """Seconds a step of a loop that does nothing else."""
+    import torch
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, shape["steps"])
+    student.train()
+
+    def step(number: int) -> None:
+        rows = ids[number * shape["batch"] :][: shape["batch"]].to(device)
+        with half(shape, device):
+            loss = student(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    return paced(step, shape["steps"], device)
+
+
+def forward(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
+    """Seconds of the teacher's forward pass."""
+    import torch
+
+    def step(number: int) -> None:
+        with torch.no_grad(), half(shape, device):
+            teacher(input_ids=ids[number * shape["batch"] :][: shape["batch"]].to(device), use_cache=False)
+
+    return paced(step, shape["steps"], device)
+
+
+def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
+    """Seconds a step under Transformers' Trainer."""
+    import datasets
+    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    rows = datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()})
+    arguments = TrainingArguments(
+        output_dir="/tmp", max_steps=shape["steps"], per_device_train_batch_size=shape["batch"], report_to="none",
+        save_strategy="no", logging_steps=10, disable_tqdm=True, bf16=shape["precision"] == "bf16",
+        use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
+    )  # fmt: skip
+    Trainer(
+        model=student,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        callbacks=[Clock()],
+    ).train()
+    warm = shape["steps"] // 3
+    return (times[-1] - times[warm - 1]) / (shape["steps"] - warm)
+
+
+def ours(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
+    """Seconds a step of the recipe."""
+    from hf_ws.training import TrainConfig, train
+
+    warm = shape["steps"] // 3
+    config = TrainConfig(
+        steps=shape["steps"], batch_size=shape["batch"], learning_rate=1e-4, precision=shape["precision"],
+        log_every=1, progress=False,
+    )  # fmt: skip
+    rows = train(config, model=student, teacher=teacher, train_blocks=ids).rows
+    return (rows[-1]["seconds"] - rows[warm - 1]["seconds"]) / (shape["steps"] - warm)
+
+
+def peak(arm: str, device: Any) -> dict[str, float]:
+    """Peak memory beyond what is there before the loss, and its seconds: 2,048 tokens, vocabulary 128 k."""
+    import torch
+    from torch.nn.functional import cross_entropy, kl_div
+
+    from hf_ws.distill import Head, token_losses
+
+    tokens, vocab, widths = 2048, 131_072, (512, 1024)
+    hidden, taught = (torch.randn(1, tokens, width, device=device) for width in widths)
+    weight, theirs = (torch.randn(vocab, width, device=device) / width**0.5 for width in widths)
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.randint(vocab, (1, tokens), device=device)
+    weight.grad = torch.zeros_like(weight)  # there before every step but the first
+    before, started = _memory(device), time.perf_counter()
+    if arm == "plain":
+        logits, wanted = hidden @ weight.T, (taught @ theirs.T).log_softmax(-1)
+        log_q = logits.log_softmax(-1)
+        divergence = kl_div(log_q.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+        loss = 0.5 * cross_entropy(logits.flatten(0, 1), labels.flatten()) + 0.5 * divergence
+    else:
+        loss, _ = token_losses(
+            hidden, labels, taught, weights={"cross_entropy": 0.5, "forward_kl": 0.5}, student_head=Head(weight),
+            teacher_head=Head(theirs),
+        )  # fmt: skip
+    loss.backward()
+    float(loss)
+    return {"gigabytes": (_memory(device) - before) / 1e9, "seconds": time.perf_counter() - started}
+
+
+def _memory(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+if __name__ == "__main__":
+    main()
