@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 from transformers import PreTrainedConfig as Config
 from transformers.models.xlstm.configuration_xlstm import round_up_to_next_multiple_of
@@ -34,6 +34,7 @@ from hf_ws.axes import (
     VOCAB,
     WAVES,
 )
+from hf_ws.widths import BOX_SINES, WIDTHS
 
 FIELDS: dict[str, tuple[str, ...]] = {
     HIDDEN: (
@@ -56,6 +57,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "n_layers",
         "num_layers",
         "depth",
+        "stage_num_blocks",
         "depths",
         "blocks_per_stage",
         "layers",
@@ -72,6 +74,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "conf_num_attention_heads",
         "resampler_n_heads",
         "o_groups",
+        "num_cross_attention_heads",
     ),
     KV_HEADS: ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "n_groups"),
     HEAD_DIM: (
@@ -96,6 +99,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "d_inner",
         "dim_ff",
         "feed_forward_size",
+        "dim_feedforward",
         "stage_mid_channels",
     ),
     MOE_FFN: ("moe_intermediate_size", "expert_ffn_hidden_size"),
@@ -129,10 +133,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "encoder.kv_heads": ("encoder_num_key_value_heads",),
     "decoder.kv_heads": ("decoder_num_key_value_heads",),
-    "encoder.ffn": ("encoder_ffn_dim", "encoder_intermediate_size"),
+    "encoder.ffn": ("encoder_ffn_dim", "encoder_intermediate_size", "encoder_feedforward_dim"),
     "decoder.ffn": ("decoder_ffn_dim", "decoder_intermediate_size"),
     "encoder.hidden": ("encoder_hidden_dim",),
     "decoder.hidden": ("decoder_hidden_size",),
+    "cross_attn.heads": ("decoder_cross_attention_heads",),
     "mamba.heads": ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
     "mamba.head_dim": ("mamba_d_head", "mamba_head_dim", "mamba_headdim"),
     "linear.heads": ("linear_num_value_heads", "linear_num_heads"),
@@ -165,11 +170,32 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "index.heads": ("index_n_heads", "indexer_n_heads"),
     "index.head_dim": ("index_head_dim", "indexer_head_dim"),
     "decoder.positions": ("max_target_positions",),
+    "stem.embedding": ("stem_channels",),
+    "head.ffn": ("class_expand",),
+    "latents.hidden": ("d_latents",),
+    "latents.heads": ("num_self_attention_heads",),
+    "latents.layers": ("num_self_attends_per_block",),
 }
 """How config classes spell each axis. Of several names in one config the first counts; the others follow it."""
 
 BY_MODALITY = frozenset({("ernie4_5_vl_moe_text", "moe_intermediate_size")})
 """Lists with an entry for words and one for patches, in every layer: however many layers there are."""
+
+_MASKED: dict[str, tuple[str, ...]] = {
+    HIDDEN: ("hidden_dim", "feature_size", "mask_feature_size", "conv_dim", "mask_dim")
+}
+
+OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {"mask2former": _MASKED, "oneformer": _MASKED}
+"""Fields that mean another axis in some families than in the others."""
+
+
+@cache
+def fields_for(family: str) -> dict[str, tuple[str, ...]]:
+    """How the config class of a family spells each axis."""
+    own = OWN_FIELDS.get(family, {})
+    taken = {name for names in own.values() for name in names}
+    return {axis: own.get(axis, tuple(n for n in names if n not in taken)) for axis, names in FIELDS.items()}
+
 
 SIZE_FIELDS = frozenset(name for names in FIELDS.values() for name in names)
 
@@ -180,52 +206,40 @@ def _falcon_kv_heads(config: Config) -> int:
     return 1 if config.multi_query else config.num_attention_heads
 
 
-SINES: dict[str, tuple[str, str]] = {
-    "parakeet_encoder": ("relative_k_proj.weight", "(waves 2)"),
-    "nemotron_asr_streaming_encoder": ("relative_k_proj.weight", "(waves 2)"),
-    "gemma3n_audio": ("pos_proj.weight", "(2 waves)"),
-    "gemma4_audio": ("relative_k_proj.weight", "(2 waves)"),
-    "wav2vec2-conformer": ("linear_pos.weight", "(waves 2)"),
-    "fastspeech2_conformer": ("linear_pos.weight", "(waves 2)"),
-    "seamless_m4t": ("linear_pos.weight", "(waves 2)"),
-    "voxtral_realtime_text": ("ada_rms_norm.linear1.weight", "(2 waves)"),
-    "xlnet": ("rel_attn.r", "(2 waves)"),
+_TIME_SINES: dict[str, tuple[tuple[str, str], ...]] = {
+    "parakeet_encoder": (("relative_k_proj.weight", "<(waves 2)"),),
+    "nemotron_asr_streaming_encoder": (("relative_k_proj.weight", "<(waves 2)"),),
+    "gemma3n_audio": (("pos_proj.weight", "<(2 waves)"),),
+    "gemma4_audio": (("relative_k_proj.weight", "<(2 waves)"),),
+    "wav2vec2-conformer": (("linear_pos.weight", "<(waves 2)"),),
+    "fastspeech2_conformer": (("linear_pos.weight", "<(waves 2)"),),
+    "seamless_m4t": (("linear_pos.weight", "<(waves 2)"),),
+    "voxtral_realtime_text": (("ada_rms_norm.linear1.weight", "<(2 waves)"),),
+    "xlnet": (("rel_attn.r", "(2 waves)"),),
 }
-"""What reads the sines and cosines of a position or a delay, and how these lie: by pairs, or first all sines.
+
+_ANGLES = (("class_pos_emb", "<waves"),)
+
+SINES = _TIME_SINES | BOX_SINES | dict.fromkeys(("mlcd", "mlcd_vision_model"), _ANGLES)
+"""What reads the sines and cosines of a position, a delay or a box, and how these lie: by pairs, or first all sines.
+What they are multiplied by lies as they do.
 
 A wave's frequency goes by its number, so its order is no symmetry; a target with fewer takes every second, or so.
 """
 
 
-def _of_stages(size: Callable[[Config, int], int], kind: str = FFN) -> dict[str, Callable[[Config], Any]]:
-    """A size in every stage, of that stage's width: in a ResNet the narrow middle of a bottleneck is its `ffn`."""
-
-    def derived(stage: int) -> Callable[[Config], int | None]:
-        return lambda c: size(c, c.hidden_sizes[stage]) if stage < len(c.hidden_sizes) else None
-
-    return {f"{kind}.{stage}": derived(stage) for stage in range(6)}
-
-
-def _swin_head_dims(factor: int) -> dict[str, Callable[[Config], Any]]:
-    """Stages each so many times as wide as the one before, with heads of their own."""
-
-    def derived(stage: int) -> Callable[[Config], int | None]:
-        return lambda c: (
-            c.embed_dim * factor**stage // c.num_heads[stage] if stage < len(c.num_heads) else None
-        )
-
-    return {f"{HEAD_DIM}.{stage}": derived(stage) for stage in range(8)}
-
+STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "bit": {EMBEDDING: ("stem.unit",)},
+    **dict.fromkeys(("d_fine", "deimv2"), {HIDDEN: ("decoder.heads", "decoder.head_dim")}),
+}
+"""Streams whose channels are not free, as the axes that they consist of, where these do not go by the same name."""
 
 HEADED = ("fun_asr_nano_encoder",)
 """Families whose stream is heads side by side, for it is added to values, or split into heads, as it is."""
 
 DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
-    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "dinat"), _swin_head_dims(2)),
-    "swin2sr": _swin_head_dims(1),
-    "mobilevit": _of_stages(lambda config, width: width // config.num_attention_heads, HEAD_DIM),
-    "resnet": _of_stages(lambda config, width: width // 4),
-    **{family: {WAVES: lambda config: config.hidden_size // 2} for family in SINES},
+    **WIDTHS,
+    **{family: {WAVES: lambda config: config.hidden_size // 2} for family in _TIME_SINES},
     "bloom": {FFN: lambda config: 4 * config.hidden_size},
     "granite4_vision": {
         "qformer_config.heads": lambda config: config.qformer_config.num_attention_heads,
@@ -304,5 +318,5 @@ HALVES = ("attn_config", "ffn_config")
 MIXERS = ("mamba", "linear", "index", "swa")
 """Scopes of what is in a layer beside its attention, or instead of it."""
 
-PARTS = ("encoder", "decoder", *MIXERS)
+PARTS = ("encoder", "decoder", "cross_attn", *MIXERS)
 """Scopes that are no sub-config: fields of one config say whose they are. They share what they do not have apart."""

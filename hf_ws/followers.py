@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from hf_ws.widths import rule
 
 
 class Whole(NamedTuple):
@@ -188,6 +191,10 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ("dots3_note", "audio_config.adapter_out_dim"): "text_config.hidden_size",
     ("nemotron3_diarization", "head_config.audio_hidden_size"): "audio_config.hidden_size",
     ("hgnet_v2", "hidden_sizes"): "stage_out_channels",
+    ("hgnet_v2", "depths"): "stage_num_blocks",
+    ("efficientnet", "hidden_dim"): lambda v: rule("efficientnet", "round_filters")(
+        SimpleNamespace(**v), 1280
+    ),
     ("hgnet_v2", "stage_in_channels"): lambda v: [v["stem_channels"][-1], *v["stage_out_channels"][:-1]],
     ("pp_doclayout_v3", "x4_feat_dim"): lambda v: v["backbone_config"]["stage_out_channels"][0],
     ("textnet", "stem_out_channels"): lambda v: v["hidden_sizes"][0],

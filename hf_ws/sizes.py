@@ -33,7 +33,17 @@ from hf_ws.axes import (
     kind_of,
     sibling,
 )
-from hf_ws.fields import BY_MODALITY, DERIVED, FIELDS, HALVES, MIXERS, MULTIPLES, PARTS, SIZE_FIELDS
+from hf_ws.fields import (
+    BY_MODALITY,
+    DERIVED,
+    FIELDS,
+    HALVES,
+    MIXERS,
+    MULTIPLES,
+    PARTS,
+    SIZE_FIELDS,
+    fields_for,
+)
 from hf_ws.followers import FOLLOWERS, Whole
 from hf_ws.perlayer import follow_layers
 from hf_ws.spot import Place, exceptions_of, node_at
@@ -107,7 +117,7 @@ def _own_places(
     counts = [vars(node)[name] for name in FIELDS[LAYERS] if name in vars(node)]
     layers = None if any(isinstance(count, list | tuple) for count in counts) else next(iter(counts), None)
     found: dict[str, list[Place]] = {}
-    for axis, names in FIELDS.items():
+    for axis, names in fields_for(node.model_type).items():
         for name in (*names, *(f"{name}_per_layer" for name in names)):
             if name not in vars(node) or (axis in derived and not open_falcon) or (*path, name) in followers:
                 continue
@@ -195,7 +205,7 @@ def sizes_of(config: Config) -> dict[str, int]:
         scope = scope_of(config, path)
         for axis, derived in DERIVED.get(node.model_type, {}).items():
             found[f"{scope}{axis}"] = derived(node)
-        for axis, names in FIELDS.items():
+        for axis, names in fields_for(node.model_type).items():
             if axis != LAYERS:
                 computed = [
                     name for name in names if name in computed_fields(node.__class__) & vars(node).keys()

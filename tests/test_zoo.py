@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, logging
 
 from hf_ws import AutoSubclone
@@ -38,10 +38,17 @@ UNITS = (1, 2, 4, 8, 16)
 POLICIES = ("middle_dropped", "first")
 """Which layers stay: the last as well, or the first where the config counts from there what each layer is."""
 
-SPECIAL: Mapping[str, Mapping[str, int]] = {
+SPECIAL: Mapping[str, Mapping[str, float]] = {
     "xlstm": {"hidden": 128, "heads": 8},  # widths inside its heads are rounded up to multiples of 64
+    "cvt": {"layers.1": 2, "layers.2": 3},  # the class counts stages where it means layers
+    "regnet": {"hidden.0": 24, "hidden.1": 42, "hidden.2": 48, "hidden.3": 66},  # whole groups
+    "efficientnet": {"width_coefficient": 0.35},
+    "mobilenet_v1": {"depth_multiplier": 0.2},
+    "mobilenet_v2": {"depth_multiplier": 0.35},
+    "mobilevitv2": {"width_multiplier": 0.6},
+    "pp_lcnet": {"scale": 0.35},
 }
-"""Sizes that a type needs and no rule gives."""
+"""Sizes that a type needs and no rule gives, and the number that all widths of a net follow."""
 
 _OWN = "the stock class itself gives another text with a cache than without, at any size"
 _AUDIO = "what it generates is sound, or wants sound at each step"
@@ -82,6 +89,10 @@ class Case:
         computed = {n: made.state_dict()[n].clone() for n in made._keys_to_ignore_on_save or ()}
         with torch.no_grad():
             run.perturbed(made)
+            for table in (
+                m for m in made.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None
+            ):
+                table.weight[table.padding_idx] = 0  # as stock classes do when they load
         made.load_state_dict(computed, strict=False)
         for name, buffer in made.named_buffers():
             if name.endswith(OVERWRITTEN.get(self.name, "*")):
@@ -146,8 +157,8 @@ def shrunk(case: Case) -> PreTrainedModel:
             refused.append(f"{policy} {asked}: {error}")
             continue
         made, before = sizes_of(target.config), sizes_of(source.config)
-        assert {axis: made[axis] for axis in asked} == asked
-        if not any(made[axis] < before[axis] for axis in asked):
+        assert [axis for axis in asked if axis in made and made[axis] != asked[axis]] == []
+        if not any(made[axis] < before[axis] for axis in made):
             assert case.verdict.verdict == "certified in part"
         return target
     raise AssertionError(f"{case.name} is refused in every size: " + "\n".join(refused))

@@ -12,11 +12,13 @@ from hf_ws.axes import (
     EMBEDDING,
     EXPERTS,
     FFN,
+    GROUPS,
     HEAD_DIM,
     HEADS,
     HIDDEN,
     KV_HEADS,
     KV_RANK,
+    LABELS,
     LAYERS,
     MOE_FFN,
     NOPE_DIM,
@@ -34,7 +36,7 @@ from hf_ws.axes import (
     parse,
     sibling,
 )
-from hf_ws.fields import DERIVED, HEADED, SINES
+from hf_ws.fields import DERIVED, HEADED, SINES, STREAMS
 from hf_ws.sizes import field_of, near, nodes, scope_of, sizes_of
 
 SUMS = (
@@ -91,7 +93,7 @@ class Explain:
             for ffn in sorted(inside & others.keys()):
                 text = f"{experts} {ffn}"
                 self._terms.append((text, sizes[experts] * sizes[ffn], others[experts] * others[ffn]))
-        self._sines = dict(_sines(small))
+        self._sines = list(_sines(small))
         for heads in (axis for axis in sizes if kind_of(axis) == HEADS):
             names = {kind: near(heads, kind, sizes) for kind in SCOPED}
             names[HEADS] = heads
@@ -129,20 +131,24 @@ class Explain:
                 except ValueError:  # heads that are no multiple of these groups are not grouped
                     continue
 
-    def __call__(self, size: int, other: int | None, inner: bool, name: str, at: int = -1) -> tuple[str, ...]:
+    def __call__(
+        self, size: int, other: int | None, inner: bool, reads: bool, name: str, at: int = -1
+    ) -> tuple[str, ...]:
         """The explanations of a tensor's dimension, the most likely first."""
         axis, depth = self._each.get((name, at), ("", 1))
-        found = self._explained(size // depth, None if other is None else other // depth, inner, name)
+        found = self._explained(size // depth, None if other is None else other // depth, inner, reads, name)
         if not axis:
             return found
         return tuple(axis if rest == "1" else f"({axis} {rest})" for rest in found)
 
-    def _explained(self, size: int, other: int | None, inner: bool, name: str) -> tuple[str, ...]:
+    def _explained(
+        self, size: int, other: int | None, inner: bool, reads: bool, name: str
+    ) -> tuple[str, ...]:
         if other is None or size == other:
             return (str(size),)
         found: dict[str, tuple[int, ...]] = {}
-        for (waves, end), sines in self._sines.items():
-            if size == waves and not inner and name.endswith(end):
+        for waves, end, sines, read in self._sines:
+            if size == waves and not inner and name.endswith(end) and reads == read:
                 return (sines,)
         for text, here, there in self._terms:
             factors = text.split()
@@ -150,10 +156,8 @@ class Explain:
             if not rest and number * there == other:
                 own = [*([str(number)] if number > 1 else []), *factors]
                 spellings = {_product(p) for p in permutations(own)}
-                wide = number > 3 and kind_of(text) in (
-                    HEADS,
-                    KV_HEADS,
-                )  # so many channels of each head, rather than q, k, v
+                # so many channels of each head, rather than q, k, v
+                wide = kind_of(text) == GROUPS or (number > 3 and kind_of(text) in (HEADS, KV_HEADS))
                 likely = _product(sorted(own, key=str.isdigit) if wide else own)
                 for spelled in sorted(spellings):
                     found[spelled] = self._rank(text, number, spelled != likely, inner, name)
@@ -163,7 +167,11 @@ class Explain:
         for axis, here, there in self._terms:
             if kind_of(axis) == POSITIONS and 0 < size - here == other - there <= 8:
                 found.setdefault(f"({size - here} + {axis})", (0, 3, 0, 0))
-            elif not found and kind_of(axis) in (VOCAB, EXPERTS) and 0 < size - here == other - there <= MORE:
+            elif (
+                not found
+                and kind_of(axis) in (VOCAB, EXPERTS, LABELS)
+                and 0 < size - here == other - there <= MORE
+            ):
                 found[f"({axis} + {size - here})"] = (0, 3, 0, 0)
         for axis, here, there in (
             self._terms if not found else ()
@@ -176,14 +184,27 @@ class Explain:
                 and number > 1
                 and 0 < rest == other - number * there <= 8
             ):
-                found[f"({number} {axis} + {rest})"] = self._rank(axis, number, False, inner, name)
-            elif kind_of(axis) == HIDDEN and " " not in axis and 0 < size - here == other - there:
+                for spelled in (f"({number} {axis} + {rest})", f"({rest} + {number} {axis})"):
+                    found[spelled] = self._rank(axis, number, spelled[1] == str(rest), inner, name)
+        if not found:
+            found = dict(self._gathered(size, other, name))
+        for axis, here, there in self._terms if not found else ():
+            if kind_of(axis) == HIDDEN and " " not in axis and 0 < size - here == other - there:
                 rest, before = size - here, self._rank(axis, 1, True, inner, name)
                 found[f"({axis} + {rest})"] = self._rank(
                     axis, 1, False, inner, name
                 )  # and what any model has beside
                 found[f"({rest} + {axis})"] = before
         return tuple(sorted(found, key=lambda text: (found[text], text)))
+
+    def _gathered(self, size: int, other: int, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """A stream and all that the layers of a block made of it, end to end (HGNet)."""
+        streams = [term for term in self._terms if kind_of(term[0]) in (HIDDEN, EMBEDDING)]
+        inner = [term for term in self._terms if kind_of(term[0]) == FFN]
+        for (hidden, here, there), (ffn, one, another) in product(streams, inner):
+            number, rest = divmod(size - here, one)
+            if number > 0 and not rest and other - there == number * another:
+                yield f"({hidden} + {number} {ffn})", self._rank(ffn, number, False, False, name)
 
     def _rank(self, text: str, number: int, odd_order: bool, inner: bool, name: str) -> tuple[int, ...]:
         pair = " " in text
@@ -196,20 +217,22 @@ class Explain:
             pair and not inner and ATTENTION.search(name) is not None
         )  # rather two streams, end to end
         unlikely += 2 * int(not pair and kind_of(text) in (HEADS, KV_HEADS, HEAD_DIM, EXPERTS) and number > 1)
+        unlikely += 2 * int(kind_of(text) == V_DIM and not inner and number > 1)
         stage = text.rpartition(".")[2]
         unlikely += int(pair and not inner and stage.isdigit())  # other stages' heads fit any power of two
         off = int(stage.isdigit() and stage not in name.split("."))
-        return (unlikely, int(elsewhere), int(odd_order), number, int(pair != inner), off)
+        named = inner and bool(words) and not elsewhere  # heads are those of the stack that the name tells
+        return (unlikely, int(elsewhere), int(odd_order), int(not named), number, int(pair != inner), off)
 
 
-def _sines(config: PreTrainedConfig) -> Iterator[tuple[tuple[int, str], str]]:
-    """How the waves that a parameter reads lie, by their number and the end of its name."""
+def _sines(config: PreTrainedConfig) -> Iterator[tuple[int, str, str, bool]]:
+    """How the waves that a parameter reads lie, by their number and the end of its name; and whether they are read."""
     sizes = sizes_of(config)
     for path, node in nodes(config):
-        if node.model_type in SINES:
-            scope = scope_of(config, path)
-            end, text = SINES[node.model_type]
-            yield (2 * sizes[f"{scope}{WAVES}"], end), text.replace(WAVES, f"{scope}{WAVES}")
+        scope = scope_of(config, path)
+        for end, text in SINES.get(node.model_type, ()):
+            own = text.lstrip("<").replace(WAVES, f"{scope}{WAVES}")
+            yield length(parse(own)[0], sizes), end, own, text.startswith("<")
 
 
 SCOPED = (HIDDEN, KV_HEADS, HEAD_DIM, RANK, Q_RANK, KV_RANK, ROPE_DIM, NOPE_DIM, V_DIM, STATE)
@@ -258,10 +281,13 @@ def visible_sizes(config: PreTrainedConfig) -> dict[str, int]:
 def streams(config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
     """Streams whose channels are not free, as the axes that they consist of."""
     found: dict[str, tuple[str, ...]] = {
-        sibling(axis, HIDDEN): (axis,) for axis in sizes_of(config) if kind_of(axis) == UNIT
+        sibling(axis, HIDDEN): (axis,) for axis in sizes_of(config) if kind_of(axis) in (UNIT, GROUPS)
     }
     for path, node in nodes(config):
+        scope = scope_of(config, path)
         if node.model_type in HEADED:
             scope = scope_of(config, path)
             found[f"{scope}{HIDDEN}"] = (f"{scope}{HEADS}", f"{scope}{HEAD_DIM}")
+        for axis, parts in STREAMS.get(node.model_type, {}).items():
+            found[f"{scope}{axis}"] = tuple(f"{scope}{part}" for part in parts)
     return found

@@ -41,8 +41,8 @@ from hf_ws.layouts.stacks import Stacks, generic, kinds_of, stack_of
 from hf_ws.sizes import field_of, layer_axes, regrouped, resize, sizes_of
 
 _OUTPUT = re.compile(
-    r"o_proj|out_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|projection|output_proj|"
-    r"projection_layer"
+    r"o_proj|out_proj|out_\w+_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|projection|"
+    r"output_proj|projection_layer"
 )
 _TABLE = re.compile(r"token|quer(y|ies)$|latents?$|probe|embed|position|bias|table|scale$|static")
 
@@ -276,7 +276,7 @@ def _choice(
             continue
         inner = _is_inner(module, whole, name, at == reads[0])
         there = other[at] if other and len(other) == tensor.ndim else None
-        found = explain(size, there, inner, name, at)
+        found = explain(size, there, inner, at == reads[0], name, at)
         if not found:
             return at
         dims.append(found)
@@ -338,7 +338,9 @@ def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bo
     about = [
         part for part in path[:-1] if not part.endswith("layers")
     ]  # a stack may be called after what it has
-    if not ATTENTION.search(".".join([*about, type(whole).__name__]).lower()):
+    own = type(whole).__name__
+    own = "" if own.endswith("coderLayer") else own  # an attention is a part of that (Mask2Former)
+    if not ATTENTION.search(".".join([*about, own]).lower()):
         return False
     if isinstance(module, nn.MultiheadAttention):  # all its heads' queries, keys and values
         return not reads
@@ -347,11 +349,17 @@ def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bo
     leaf = next(
         part for part in reversed(path[:-1]) if not part.isdigit() and part != "linear"
     )  # what that clips
+    if "mlp" in path:  # Perceiver's is a part of what it calls an attention
+        return False
     if leaf in (
         "sr",
         "sequence_reduction",
         "spatial_reduction",
     ):  # a smaller picture, for the keys and values to read
+        return False
+    if (
+        isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
+    ):  # of the picture, before any head
         return False
     if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d):
         return reads == bool(_OUTPUT.fullmatch(leaf.lower()))

@@ -69,7 +69,8 @@ def miniature(config: PreTrainedConfig, variant: int = 0, tight: int = 0) -> Pre
     own = {name: value for path, node in nodes(config) for name, value in _fields_of(node, path, variant)}
     shrunk = resize(config, {}, None, **own) if own else config
     tight = max(tight, *(zoo.TIGHT.get(node.model_type, 0) for _, node in nodes(config)), 0)
-    opened = {axis for axis, size in sizes_of(shrunk).items() if sizes_of(config).get(axis) in (None, size)}
+    listed = {axis for axis, found in places(shrunk).items() if found[0].index is not None}
+    opened = {a for a, size in sizes_of(shrunk).items() if sizes_of(config).get(a) in (None, size)} - listed
     fixed = {axis: size for axis, size in _fixed(shrunk, own) if axis not in opened}
     sizes = lengths(shrunk, SIZES[variant], fixed, tight)
     kept = {}

@@ -73,8 +73,11 @@ def _one_distance(given: Tensor, wanted: Tensor, maps: Maps) -> float:
     found = []
     for moved in (wanted, *_along(wanted, given.shape, maps)):
         if moved.shape == given.shape:
-            scale = moved.abs().max().clamp(min=1e-30)
-            found.append(float((given - moved).abs().max() / scale))
+            masked = moved.isinf()  # what a class takes out of a comparison must be out of it in both
+            if not torch.equal(given[masked], moved[masked]):
+                continue
+            own, other = given.masked_fill(masked, 0), moved.masked_fill(masked, 0)
+            found.append(float((own - other).abs().max() / other.abs().max().clamp(min=1e-30)))
     return min((error for error in found if error == error), default=float("inf"))
 
 

@@ -29,6 +29,7 @@ from hf_ws.axes import (
     EMBEDDING,
     EXPERTS,
     FFN,
+    GROUPS,
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -294,7 +295,7 @@ def _ordered(bench: _Bench, axis: str) -> bool:
     return kind_of(axis) in TURNED or (kind_of(axis) == EXPERTS and groups > 1)
 
 
-DUPLICATED = (HIDDEN, UNIT, FFN, MOE_FFN, SHARED_FFN, EMBEDDING, HEADS, KV_HEADS)
+DUPLICATED = (HIDDEN, UNIT, GROUPS, FFN, MOE_FFN, SHARED_FFN, EMBEDDING, HEADS, KV_HEADS)
 
 
 class _Double:

@@ -75,6 +75,10 @@ def without_tables(model: PreTrainedModel, widths: set[int]) -> tuple[str, ...]:
     """
     found = []
     for path, module in model.named_modules():
+        if type(module).__name__.endswith("SinePositionEmbedding"):  # computed for each picture
+            module.forward = _zeros_of(module.forward)
+            found.append(path)
+            continue
         plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
         computed = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, table in (plain | computed).items():
@@ -87,6 +91,10 @@ def without_tables(model: PreTrainedModel, widths: set[int]) -> tuple[str, ...]:
                 table.zero_()
                 found.append(f"{path}.{name}".lstrip("."))
     return tuple(found)
+
+
+def _zeros_of(forward: Any) -> Any:
+    return lambda *args, **kwargs: torch.zeros_like(forward(*args, **kwargs))
 
 
 def perturbed(model: PreTrainedModel) -> PreTrainedModel:

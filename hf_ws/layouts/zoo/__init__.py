@@ -22,7 +22,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = text.FIELDS | vision.FIELDS | audio.FI
 INPUTS: Mapping[str, Inputs] = text.INPUTS | vision.INPUTS | audio.INPUTS | multimodal_inputs.INPUTS
 TIGHT: Mapping[str, int] = text.TIGHT | multimodal.TIGHT
 """How tight a miniature is at least, where a class notices only when it runs: see `miniature.TIGHTER`."""
-DEFAULTS: Mapping[str, Mapping[str, Any]] = text.DEFAULTS | multimodal.DEFAULTS
+DEFAULTS: Mapping[str, Mapping[str, Any]] = text.DEFAULTS | multimodal.DEFAULTS | vision.DEFAULTS
 """What the config of a type is made with where nothing at all gives one that its own class accepts."""
 ATTENTION: Mapping[str, str] = audio.ATTENTION
 """How attention is computed where a class does not bear the plain way."""

@@ -122,10 +122,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         ("grounding-dino", "mm-grounding-dino"),
         {
             "num_queries": 7,
-            "encoder_attention_heads": 8,
-            "decoder_attention_heads": 8,
-            "encoder_ffn_dim": Each(80, 96),
-            "d_model": 64,  # normed in 32 groups
+            "encoder_attention_heads": Each(12, 8),  # half of them, and half the neurons, see the text
+            "decoder_attention_heads": Each(6, 10),
+            "encoder_ffn_dim": Each(96, 112),
+            "d_model": Each(192, 160),  # normed in 32 groups
         },
     ),
     "gemma3": {"mm_tokens_per_image": 4},
@@ -157,14 +157,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "neomme": {"head_dim": Each(16, 32)},  # a quarter of it rotates in pairs of pairs
     "ovis2": {"visual_indicator_token_ids": [6, 7, 8, 9, 10]},
-    "perceiver": {
-        "d_latents": 96,
-        "d_model": Each(144, 176),
-        "num_latents": 6,
-        "num_self_attends_per_block": 2,
-        "num_self_attention_heads": 8,
-        "num_cross_attention_heads": 8,
-    },
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": Open(7)}),
     **dict.fromkeys(("step3p5", "step3p7"), {"sliding_window": Open(4)}),
     "t5gemma2_text": {"dropout_rate": Open(0.0)},

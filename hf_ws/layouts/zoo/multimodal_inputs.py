@@ -216,11 +216,6 @@ def _encoded_image(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _array(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Perceiver: numbers that no preprocessor has seen."""
-    return {"inputs": noise(2, 9, model.config.d_model)}
-
-
 def _one_sound(model: PreTrainedModel) -> dict[str, Tensor]:
     """Qwen2 Audio puts a sound in the place of one token."""
     made = media_and_text(model)
@@ -238,7 +233,6 @@ INPUTS: dict[str, Callable[[PreTrainedModel], Mapping[str, Tensor]]] = {
     "neomme": _flat_patches,
     **dict.fromkeys(("chameleon", "emu3"), _text),
     "paddleocr_vl": _square_patches,
-    "perceiver": _array,
     "qwen2_audio": _one_sound,
     "t5gemma2": _encoded_image,
     "tvp": _film,

@@ -18,17 +18,8 @@ SIDE = 64
 GRID = 4
 """Patches a side where images come cut into patches."""
 
-_BACKBONE = {
-    "model_type": "resnet",
-    "embedding_size": 16,
-    "depths": [2, 2, 2, 2],
-    "out_indices": [1, 2, 3, 4],
-}
-
-_NATIVE = Each(_BACKBONE | {"hidden_sizes": [24, 40, 56, 72]}, _BACKBONE | {"hidden_sizes": [32, 48, 64, 88]})
-"""A backbone of this library's own in the place of one from timm, which need not be installed."""
-
-_MASKS = {"num_queries": 7, "num_attention_heads": Each(6, 8), "hidden_dim": Each(96, 160)}
+_WIDE = Each(192, 160)
+_MASKS = {"num_queries": 7, "num_attention_heads": Each(6, 10), "hidden_dim": _WIDE}
 
 
 def _all_stages(count: int) -> dict[str, Any]:
@@ -57,19 +48,33 @@ _INTRACLASS = {
 """Kernels, strides and paddings: the class has none by default."""
 
 
-_GROUPS = {"num_queries": 7, "group_detr": 1, "decoder_cross_attention_heads": Each(8, 12)}
+_GROUPS = {
+    "num_queries": 7,
+    "group_detr": 1,
+    "d_model": Each(240, 288),
+    "decoder_self_attention_heads": Each(6, 8),
+    "decoder_cross_attention_heads": Each(10, 9),
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    name: {"backbone_config": {"model_type": "resnet", "out_features": list(stages)}}
+    for name, stages in (
+        ("conditional_detr", ["stage4"]),
+        ("dab-detr", ["stage4"]),
+        ("deformable_detr", ["stage2", "stage3", "stage4"]),
+        ("detr", ["stage4"]),
+        ("table-transformer", ["stage4"]),
+    )
+}
+"""A backbone of Transformers' own in the place of one from timm, which need not be installed."""
 
 FIELDS: dict[str, dict[str, Any]] = {
     **{
         name: {"window_size": 2}  # the last stage is no smaller
         for name in ("donut-swin", "maskformer-swin", "swin", "swinv2")
     },
-    **{
-        name: {"backbone_config": _NATIVE, "num_queries": 7}
-        for name in ("conditional_detr", "dab-detr", "detr", "table-transformer")
-    },
+    **{name: {"num_queries": 7} for name in ("conditional_detr", "dab-detr", "detr", "table-transformer")},
     "deformable_detr": {
-        "backbone_config": _NATIVE,
         "num_queries": 7,
         "d_model": Each(192, 160),  # a GroupNorm of 32 groups
         "encoder_attention_heads": Each(6, 10),
@@ -82,35 +87,57 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lw_detr": _GROUPS | {"projector_scale_factors": [1.0]},
     "rf_detr": _GROUPS,
     # a GroupNorm of 32 groups over each width
-    "mask2former": _MASKS | {"feature_size": Each(192, 224)},
+    "mask2former": _MASKS | {"feature_size": _WIDE, "mask_feature_size": _WIDE},
     "oneformer": _MASKS
     | {
-        "conv_dim": Each(192, 224),
-        "mask_dim": Each(192, 224),
+        "conv_dim": _WIDE,
+        "mask_dim": _WIDE,
         "task_seq_len": 9,
         "text_encoder_context_length": 9,
     },
     "swin2sr": {"window_size": 4, "image_size": 8},
     # a GroupNorm over widths that are rounded to eights
-    "bit": {"num_groups": 4, "hidden_sizes": Each([96, 160, 224, 288], [128, 192, 256, 352])},
-    "regnet": {"groups_width": 16, "hidden_sizes": Each([48, 80, 112, 144], [64, 96, 128, 176])},
-    "resnet": {
-        "hidden_sizes": Each([96, 160, 224, 288], [128, 192, 256, 352])
-    },  # a quarter of each counts as well
+    "bit": {"num_groups": 2, "hidden_sizes": Each([96, 160, 224, 288], [128, 192, 256, 352])},
+    "regnet": {"groups_width": 6, "hidden_sizes": Each([42, 66, 78, 102], [30, 54, 90, 114])},
+    **dict.fromkeys(
+        ("resnet", "rt_detr_resnet"),
+        {"hidden_sizes": Each([96, 160, 224, 288], [128, 192, 256, 352])},  # a quarter of each counts as well
+    ),
     "cvt": {"depth": [2, 2, 3]},  # the last stage needs as many as there are stages
-    "efficientnet": {  # all widths are rounded from one coefficient, and `hidden_dim` is 1280 times that: none varies
-        "width_coefficient": 0.5,
-        "hidden_dim": 640,
+    # all widths follow one number: here one at which no two of them are the same, or one twice another
+    "efficientnet": {
+        "width_coefficient": Each(0.53, 0.71),
+        "depth_divisor": 1,
         "depth_coefficient": 1.0,
+        "squeeze_expansion_ratio": 0.3,
     },
+    "mobilenet_v1": {"depth_multiplier": Each(0.27, 0.35), "min_depth": 1},
+    "mobilenet_v2": {
+        "depth_multiplier": Each(0.53, 0.71),
+        "depth_divisible_by": 1,
+        "min_depth": 1,
+        "finegrained_output": False,
+    },
+    "pp_lcnet": {"scale": Each(0.53, 0.71), "divisor": 1, "reduction": 3},
     "mobilevit": {
         "image_size": 128,  # several patches in the last stage
         # four times these is rounded to eights
         "neck_hidden_sizes": Each([16, 32, 48, 64, 80, 96, 160], [24, 40, 56, 88, 104, 120, 200]),
     },
-    "mobilevitv2": {"image_size": 128},
+    "mobilevitv2": {
+        "image_size": 128,
+        "width_multiplier": Each(0.95, 0.35),
+        "base_attn_unit_dims": Each([72, 104, 168], [168, 232, 340]),
+        "expand_ratio": 3.0,
+    },
+    "hgnet_v2": {"stem_channels": Each([3, 20, 28], [3, 36, 52])},
     "sam2_hiera_det_model": {"global_attention_blocks": [3, 5]},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    **dict.fromkeys(
+        ("sam_mask_decoder", "sam_hq_mask_decoder", "sam2_mask_decoder", "sam3_tracker_mask_decoder"),
+        {"hidden_size": Each(192, 160), "num_attention_heads": Each(6, 10)},  # an eighth of it counts as well
+    ),
+    "swiftformer": {"depths": [3, 3, 3, 3]},  # the last of each is of another kind
     "seggpt": {"image_size": [128, 64], "pretrain_image_size": 64, "merge_index": 0},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
     "vivit": {"num_frames": 4},
@@ -129,9 +156,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "perceiver": {
         "image_size": 8,
         "num_latents": 11,
-        "d_latents": Each(160, 192),  # eight heads
-        "d_model": Each(136, 144),
-        "num_self_attends_per_block": 2,
+        "d_latents": Each(160, 192),
+        "num_self_attention_heads": Each(5, 8),
+        "d_model": Each(136, 144),  # the decoder has eight heads
+        "num_cross_attention_heads": Each(4, 6),
     },
     "uvdoc": _all_stages(6),
     "lw_detr_vit": {"image_size": 128},  # several patches in a window
