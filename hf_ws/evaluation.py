@@ -25,9 +25,10 @@ from hf_ws.distill.logits import logits_in_chunks
 from hf_ws.distill.outcomes import FLOOR
 from hf_ws.distill.teacher import check_vocabulary, load_causal_lm, load_tokenizer
 from hf_ws.errors import DataError, DistillationError, HfWsError, PlanError
-from hf_ws.training.data import Packed, check_ids, load_text, pack, split_held_out
+from hf_ws.training.data import Document, Packed, check_ids, load_text, pack, split_held_out
 from hf_ws.training.job import check_positions
 from hf_ws.training.sharding import on_cpu
+from hf_ws.training.tasks.causal_lm import keeps_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,6 +116,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     block: int = 512,
     all_text: bool = False,
+    documents_apart: bool = False,
     max_blocks: int = 0,
     batch_size: int = 8,
     dtype: str = "float32",
@@ -132,6 +134,8 @@ def evaluate(
         tokenizer: That of the text; the model's own by default.
         block: Tokens in a sequence.
         all_text: All of the text, not only what training on it holds out.
+        documents_apart: Let no token see another document of its block, as training does by default; the usual figure
+            lets it.
         max_blocks: Blocks used at most, evenly spread; 0 for all.
         batch_size: Sequences at a time.
         dtype: That named models are loaded in; "auto" for their own.
@@ -148,7 +152,12 @@ def evaluate(
     tokenizer = tokenizer or _tokenizer(model)
     if not isinstance(data, Packed):
         data = _blocks(
-            data, tokenizer, block, all_text, progress, split=split, column=column, config_name=config_name
+            load_text(data, split=split, column=column, config_name=config_name),
+            tokenizer,
+            block,
+            all_text,
+            apart=documents_apart,
+            progress=progress,
         )
     models = [_loaded(model, dtype)]
     if teacher is not None:
@@ -159,6 +168,10 @@ def evaluate(
         check_vocabulary(models[0], models[1], tokenizer, _tokenizer(teacher))
     for one, name in zip(models, ("the model", "the teacher"), strict=False):
         check_positions(one.config, len(data.dataset[0]["input_ids"]), name)
+        if "position_ids" in data.dataset.column_names and not keeps_apart(one):
+            raise PlanError(
+                f"{name} ({type(one).__name__}) cannot keep documents apart; leave out documents_apart"
+            )
     check_ids(data.dataset, models[0].config.get_text_config().vocab_size)
     count = min(len(data), max_blocks or len(data))
     ids = data.dataset.select([i * len(data) // count for i in range(count)])
@@ -235,22 +248,20 @@ def _loaded(model: PreTrainedModel | str | Path, dtype: str) -> PreTrainedModel:
 
 
 def _blocks(
-    data: Any,
+    documents: list[Document],
     tokenizer: PreTrainedTokenizerBase | None,
     block: int,
     all_text: bool,
-    progress: bool,
-    **options: Any,
+    **options: bool,
 ) -> Packed:
     if tokenizer is None:
         raise DataError(
             "text came without a tokenizer; take a model folder that holds one, or give tokenizer="
         )
-    documents = load_text(data, **options)
     if not all_text:
         _, documents = split_held_out(documents)
     try:
-        return pack(documents, tokenizer, block, progress=progress)
+        return pack(documents, tokenizer, block, **options)
     except HfWsError as error:
         where = "the text" if all_text else "the held-out part of the text (all_text takes all of it)"
         raise DataError(f"{where}: {error}") from error
@@ -271,8 +282,12 @@ def _measured(models: list[PreTrainedModel], rows: Any, batch_size: int, progres
         leave=False,
         disable=not progress,
     ):
-        ids = rows[start : start + batch_size]["input_ids"]
-        inputs = [{"input_ids": ids.to(one.device), "use_cache": False} for one in models]
+        batch = {name: value for name, value in rows[start : start + batch_size].items() if name != "labels"}
+        ids = batch["input_ids"]
+        inputs = [
+            {name: value.to(one.device) for name, value in batch.items()} | {"use_cache": False}
+            for one in models
+        ]
         chunks = zip(
             *(
                 logits_in_chunks(one, given, apart=known)

@@ -108,6 +108,33 @@ def test_it_is_what_training_records(student, tokenizer) -> None:
     assert found.bits_per_byte == pytest.approx(recorded["eval_bits_per_byte"], rel=1e-5)
 
 
+def test_documents_apart_see_nothing_of_each_other(student, teacher, tokenizer) -> None:
+    """Each document, or what of it is in a block, by itself."""
+    packed = pack(TEXTS, tokenizer, BLOCK, apart=True)
+    found = evaluate(student, TEXTS, tokenizer=tokenizer, all_text=True, documents_apart=True, **QUIET)
+    losses = []
+    for row in packed.dataset:
+        starts = [i for i, place in enumerate(row["position_ids"].tolist()) if place == 0]
+        for start, end in zip(starts, [*starts[1:], BLOCK], strict=True):
+            with torch.no_grad():
+                log_q = student(row["input_ids"][None, start:end]).logits[0].log_softmax(-1)
+            following = row["input_ids"][start + 1 : end + 1]
+            losses += [-log_q[i, token].item() for i, token in enumerate(following)]
+    assert len(losses) == found.tokens
+    assert found.loss.mean == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    whole = evaluate(student, TEXTS, tokenizer=tokenizer, all_text=True, **QUIET)
+    assert abs(whole.loss.mean - found.loss.mean) > 1e-4
+    with pytest.raises(PlanError, match=r"the teacher \(Unable\) cannot keep documents apart"):
+        evaluate(student, packed, teacher=Unable(teacher.config).eval(), progress=False)
+
+
+class Unable(GPT2LMHeadModel):
+    """Takes no positions."""
+
+    def forward(self, input_ids=None, use_cache=None):
+        return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+
 def test_fewer_blocks_are_spread_evenly(student, teacher, tokenizer) -> None:
     packed = pack(TEXTS, tokenizer, BLOCK)
     found = evaluate(student, packed, teacher=teacher, max_blocks=4, progress=False)

@@ -30,6 +30,12 @@ def eval_(
     all_text: Annotated[
         bool, typer.Option("--all-text", help="All of it, not only what training on it holds out.")
     ] = False,
+    documents_apart: Annotated[
+        bool,
+        typer.Option(
+            "--documents-apart", help="No token sees another document of its sequence, as training has it."
+        ),
+    ] = False,
     block: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 512,
     max_blocks: Annotated[
         int, typer.Option(metavar="N", help="Sequences used at most, evenly spread; 0 for all.")
@@ -66,6 +72,7 @@ def eval_(
             teacher=teacher,
             block=block,
             all_text=all_text,
+            documents_apart=documents_apart,
             max_blocks=max_blocks,
             batch_size=batch_size,
             dtype=dtype,
