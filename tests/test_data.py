@@ -11,7 +11,16 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_ws.errors import DataError
-from hf_ws.training.data import Document, check_ids, load_text, pack, split_held_out, text_files
+from hf_ws.training.data import (
+    Document,
+    check_ids,
+    load_text,
+    pack,
+    split_held_out,
+    text_files,
+    warn_of_repeats,
+)
+from hf_ws.training.records import usable
 
 END = "<|endoftext|>"
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(40)]
@@ -136,6 +145,68 @@ def test_bad_json_lines_name_file_and_line(tmp_path, content: str, message: str)
 def test_what_is_not_there_is_refused(source, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_text(source)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
+        load_text(tmp_path)
+
+
+def test_repeated_texts_are_counted(caplog) -> None:
+    train = [Document(f"{i}", f"text number {i}, and so on") for i in range(20)]
+    held_out = [Document(f"h{i}", f"held out {i}, and so on...") for i in range(5)]
+    warn_of_repeats(train, held_out)
+    warn_of_repeats([*train, Document("a", ""), Document("b", " ")], [*held_out, Document("c", "")])
+    assert not caplog.text
+    warn_of_repeats([*train, Document("again", train[3].text + "\n"), train[3]], held_out)
+    assert "2 of 22 training texts (8.9 % of the characters) come more than once" in caplog.text
+    caplog.clear()
+    warn_of_repeats(train, [*held_out, Document("other name", train[0].text)])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("1 of 6 held-out texts (16.")
+    assert record.getMessage().endswith("are in the training text too")
+    caplog.clear()
+    warn_of_repeats(train, [*held_out, train[0]], share=0.5)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "shifts", "kept"),
+    [
+        ([[-100, 1, -100], [-100] * 3, [5, -100, -100], [5, 6, 7]], True, [0, 3]),
+        ([[-100, 1, -100], [-100] * 3, [5, -100, -100], [5, 6, 7]], False, [0, 2, 3]),
+        ([[1, 1, 1]] * 4, True, [0, 1, 2, 3]),
+    ],
+)
+def test_rows_that_predict_nothing_are_dropped_and_counted(labels, shifts, kept, caplog) -> None:
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [[i, i, i] for i in range(4)], "labels": labels, "text": ["a"] * 4}
+    )
+    found = usable(rows.with_format("torch"), shifts=shifts)
+    assert found[:]["input_ids"][:, 0].tolist() == kept
+    assert found.column_names == ["input_ids", "labels"]
+    assert (f"{4 - len(kept)} of 4 rows are dropped" in caplog.text) == (len(kept) < 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([[1, 2], [3, 4]], [[-100, -100]] * 2, "2 rows came and in none a label is predicted"),
+        ([[1], [3]], [[1], [3]], "in none a label is predicted: all are -100, or rows are too short"),
+        ([[], []], [[], []], "in none a label is predicted"),
+        (
+            [[1, 2], [3, 4], [5]],
+            [[1, 2], [3, 4], [5]],
+            "row 2 has 1 tokens and 1 labels, the rows before have 2",
+        ),
+        ([[1, 2], [3, 4]], [[1, 2], [3]], "row 1 has 2 tokens and 1 labels"),
+    ],
+)
+def test_rows_without_an_aim_or_of_several_lengths_are_refused(ids, labels, message) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("torch")
+    with pytest.raises(DataError, match=message):
+        usable(rows, shifts=True)
 
 
 def test_an_empty_folder_is_refused(tmp_path) -> None:

@@ -260,6 +260,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, blocks) -> None:
             "has 64 positions; set block=64",
         ),
         ({}, {"train_blocks": torch.zeros(9, dtype=torch.long)}, DataError, r"give \[blocks, tokens\]"),
+        (
+            {},
+            {"train_blocks": torch.zeros(9, 1, dtype=torch.long)},
+            DataError,
+            "in none a label is predicted",
+        ),
         ({}, {"train_blocks": None}, DataError, "text came without a tokenizer"),
         ({}, {"teacher": student(vocab=301)}, DistillationError, "vocabulary has 301 entries"),
         ({"teacher": "./nowhere"}, {}, DistillationError, "teacher cannot be used"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from hf_ws.errors import DataError
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
 STDLIB = "stdlib"  # stands for the sources of Python's own standard library, a corpus on every machine
@@ -141,6 +144,39 @@ def split_held_out(documents: list[Document], one_in: int = 20) -> tuple[list[Do
         heads.append(Document(document.name, document.text[:cut]))
         tails.append(Document(document.name, document.text[cut:]))
     return heads, tails
+
+
+def warn_of_repeats(train: list[Document], held_out: list[Document], share: float = 1e-3) -> None:
+    """Log how many texts come more than once, and how many held-out texts are trained on too.
+
+    A share of the characters up to `share` is let pass: a few licences or modules of one line are in every corpus.
+    """
+    ours, theirs = (
+        [_hash(document.text.strip()) for document in documents] for documents in (train, held_out)
+    )
+    trained = set(ours)
+    for name, documents, repeated, what in (
+        ("training", train, _seen_before(ours), "come more than once"),
+        ("held-out", held_out, _seen_before(theirs), "come more than once"),
+        ("held-out", held_out, [mark in trained for mark in theirs], "are in the training text too"),
+    ):
+        sizes = [len(document.text.strip()) for document in documents]
+        found = [size for size, again in zip(sizes, repeated, strict=True) if again and size]
+        if sum(found) > share * sum(sizes):
+            part = 100 * sum(found) / sum(sizes)
+            logger.warning(
+                "%d of %d %s texts (%.1f %% of the characters) %s",
+                len(found),
+                len(documents),
+                name,
+                part,
+                what,
+            )
+
+
+def _seen_before(marks: list[int]) -> list[bool]:
+    first = {mark: at for at, mark in reversed(list(enumerate(marks)))}
+    return [first[mark] != at for at, mark in enumerate(marks)]
 
 
 def pack(
@@ -273,7 +309,10 @@ def _read(name: str, file: Path, column: str) -> Iterator[Document]:
     elif file.suffix == ".parquet":
         import datasets
 
-        rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
+        try:
+            rows = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
+        except Exception as error:  # whatever the reader raises
+            raise DataError(f"{file} cannot be read as Parquet ({error}); mend or leave it out") from error
         yield from _from_rows(rows, str(file), column, name)
     else:
         yield Document(name, file.read_text(encoding="utf-8", errors="replace"))

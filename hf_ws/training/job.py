@@ -286,8 +286,13 @@ def _rows(task: Task, train: Any, held_out: Any) -> Rows:
         own = task.read()
         if held_out is None:
             return own
-        return replace(own, **dict(zip(("held_out", "bytes_per_token"), as_dataset(held_out), strict=True)))
-    return Rows(as_dataset(train)[0], *((None, None) if held_out is None else as_dataset(held_out)))
+        return replace(own, **dict(zip(("held_out", "bytes_per_token"), _given(task, held_out), strict=True)))
+    return Rows(_given(task, train)[0], *((None, None) if held_out is None else _given(task, held_out)))
+
+
+def _given(task: Task, rows: Any) -> tuple[datasets.Dataset, float | None]:
+    dataset, bytes_per_token = as_dataset(rows)
+    return (dataset if isinstance(rows, Packed) else task.usable(dataset)), bytes_per_token
 
 
 def as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dataset, float | None]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hf_ws.errors import DataError
 from hf_ws.training.data import files_of
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     import datasets
 
     from hf_ws.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """How a file's rows are read, by the end of its name."""
@@ -50,6 +55,47 @@ def split_rows(rows: datasets.Dataset, one_in: int = 20) -> tuple[datasets.Datas
     if not train or not others:
         raise DataError(f"{len(rows)} rows are too few to hold some out; give more, or name eval_files")
     return rows.select(train), rows.select(others)
+
+
+def usable(rows: datasets.Dataset, *, shifts: bool) -> datasets.Dataset:
+    """Rows of token ids, all of one length, without text, and without the rows in which nothing is predicted.
+
+    These are dropped with a warning that counts them: a batch of them alone would have no loss.
+
+    Args:
+        rows: With `input_ids` and `labels`.
+        shifts: Whether position t predicts label t + 1, so that the first label is no aim.
+
+    Raises:
+        DataError: Rows of several lengths, or nothing left.
+    """
+    texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
+    rows = rows.remove_columns(texts)
+    kept: list[int] = []
+    at, length = 0, None
+    for batch in rows.with_format("numpy").iter(1000):
+        for number, (ids, labels) in enumerate(
+            zip(batch["input_ids"], batch["labels"], strict=True), start=at
+        ):
+            length = len(ids) if length is None else length
+            if len(ids) != length or len(labels) != length:
+                raise DataError(
+                    f"row {number} has {len(ids)} tokens and {len(labels)} labels, the rows before have {length}; "
+                    "give rows of one length, as `pack` makes them"
+                )
+            if (np.asarray(labels)[int(shifts) :] != -100).any():
+                kept.append(number)
+        at += len(batch["input_ids"])
+    if not kept:
+        raise DataError(
+            f"{len(rows)} rows came and in none a label is predicted: all are -100, or rows are too short"
+        )
+    if len(kept) == len(rows):
+        return rows
+    logger.warning(
+        "%d of %d rows are dropped: no label in them is predicted", len(rows) - len(kept), len(rows)
+    )
+    return rows.select(kept)
 
 
 def fingerprint(value: Any) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_ws.errors import DataError, HfWsError
-from hf_ws.training.data import Document, Packed, load_text, pack, split_held_out, text_files
+from hf_ws.training.data import Document, Packed, load_text, pack, split_held_out, text_files, warn_of_repeats
+from hf_ws.training.records import usable
 
 if TYPE_CHECKING:
     import datasets
@@ -81,11 +82,16 @@ class Task:
     def _read(self, source: str | None = None) -> tuple[Packed, Packed]:
         """The blocks to train on and those held out; of one source of a mixture if that is named."""
         documents, held_out = self._documents(source)
+        warn_of_repeats(documents, held_out)
         train = self._packed(documents)
         try:
             return train, self._packed(held_out)
         except HfWsError as error:
             raise DataError(f"held-out text{f' of {source}' if source else ''}: {error}") from error
+
+    def usable(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """Rows that came ready, less those in which nothing is predicted. Raises DataError if no batch can be made."""
+        return usable(rows, shifts=self.shifts) if {"input_ids", "labels"} <= {*rows.column_names} else rows
 
     def length(self, rows: datasets.Dataset) -> int:
         """How many `unit`s a row counts for in a run of so many tokens."""

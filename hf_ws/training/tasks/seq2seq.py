@@ -50,6 +50,10 @@ class Seq2Seq(Task):
         train, held_out = rows_of(config, [name for name in columns if name])
         return Rows(self._tokenised(train), self._tokenised(held_out))
 
+    def usable(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """All of them: they are padded to one length."""
+        return rows
+
     def length(self, rows: datasets.Dataset) -> int:
         """A pair counts as a whole block."""
         return self.config.block if self._pairs else super().length(rows)
