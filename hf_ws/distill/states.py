@@ -143,8 +143,10 @@ def state_losses(
     pairs: Correspondence,
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
-    counted: Tensor,
+    counted: Tensor | None,
     items: Tensor | int | None = None,
+    *,
+    decoded: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The losses of these names, each the mean over layers, and over tokens as `token_losses` takes it.
 
@@ -153,10 +155,11 @@ def state_losses(
         pairs: What is compared.
         student: What `watched` saw in the student: [sequences, tokens, channels], by the module's name.
         teacher: What it saw in the teacher; no gradient flows into it.
-        counted: [sequences, tokens], False for tokens that are padding.
+        counted: [sequences, tokens], False for tokens that are padding; None, or of another shape than the states
+            (of sound, which is shortened on the way), for all of them.
         items: As `num_items_in_batch` there; None for the tokens counted here.
+        decoded: The same for the decoder of a model that has an encoder besides.
     """
-    items = counted.sum().clamp(min=1) if items is None else items
     found = {}
     for name in names:
         means = []
@@ -165,12 +168,16 @@ def state_losses(
             theirs = teacher[pair.teacher].detach().to(ours.device)
             if pair.channels is not None:
                 theirs = theirs[..., pair.channels.to(theirs.device)]
+            chosen = decoded if decoded is not None and "decoder" in pair.student.split(".") else counted
+            if chosen is None or chosen.shape != ours.shape[:2]:
+                chosen = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
+            count = chosen.sum().clamp(min=1) if items is None else items
             dtype = torch.promote_types(ours.dtype, torch.float32)
             ours, theirs = ours.to(dtype), theirs.to(dtype)
             with torch.autocast(ours.device.type, enabled=False):
                 if name == "attention_relation":
-                    means.append(STATE_LOSSES[name](ours, theirs, counted)[counted].sum() / items)
+                    means.append(STATE_LOSSES[name](ours, theirs, chosen)[chosen].sum() / count)
                 else:
-                    means.append(STATE_LOSSES[name](ours[counted], theirs[counted]).sum() / items)
+                    means.append(STATE_LOSSES[name](ours[chosen], theirs[chosen]).sum() / count)
         found[name] = torch.stack(means).mean()
     return found

@@ -20,13 +20,13 @@ class Recorder(TrainerCallback):
     """Keeps the rows, writes them as they come, marks checkpoints whole, and stops a run that diverges."""
 
     KEYS = ("loss", "ce_loss", "kd_loss", "learning_rate", "grad_norm")
-    EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy")
 
     def __init__(self, job: Job, folder: Path | None, rows: list[dict[str, Any]]) -> None:
         self.job = job
         self.folder = folder
         self.rows = rows
-        self.use_cache = job.model.config.use_cache
+        self.use_cache = getattr(job.model.config, "use_cache", None)
         self.started = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

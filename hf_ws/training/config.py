@@ -59,9 +59,22 @@ class TrainConfig:
     documents_apart: bool = True  # no token sees another document of its block, where the model can (clm)
     mask_probability: float = 0.15  # tokens hidden (mlm) or cut out in spans (seq2seq), as a part of a block
     mean_span: float = 3.0  # tokens in a span that is cut out (seq2seq)
+    eval_split: str | None = None  # the split of the dataset that is held out, instead of one row in 20
     source_column: str | None = None  # of pairs of texts (seq2seq), instead of text with spans cut out
     target_column: str | None = None  # what is predicted from it
     max_eval_blocks: int = 256  # held-out sequences used at most, in whole batches; 0 for all
+
+    # Images, and sound.
+    image_column: str = "image"  # the column of pictures (image_classification)
+    label_column: str = "label"  # the column of their classes
+    crop: float = 1.0  # least part of a picture that a random crop keeps; 1 for the whole
+    flip: bool = False  # turn every other picture's left to its right
+    label_smoothing: float = 0.0  # of a label's weight, the part given to all classes alike
+    mixup: float = 0.0  # pictures blended in pairs, by a share drawn from Beta(mixup, mixup); 0 for none
+    cutmix: float = 0.0  # rectangles of pictures put into others, as large as a share of Beta(cutmix, cutmix)
+    erase: float = 0.0  # the part of pictures that lose a rectangle to noise
+    audio_column: str = "audio"  # the column of sound (speech); its text is in text_column
+    language: str | None = None  # of that text, where the tokenizer marks languages
 
     # How long, and how much at a time.
     steps: int | None = None  # optimizer steps; give this or tokens
@@ -88,6 +101,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8  # added to the root of the second moment
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # the launcher's, else bf16 on a GPU, fp32
     seed: int = 0  # order of the batches, dropout
+    workers: int = 0  # processes beside the training that read and prepare batches
     threads: int | None = None  # CPU threads; by default torch's own choice
 
     # Distillation.
@@ -206,6 +220,13 @@ def _named_weight(text: str) -> tuple[str, Weight]:
 def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     if (config.steps is None) == (config.tokens is None):
         yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
+    if config.eval_split and (config.eval_files or not config.dataset):
+        yield "eval_split is of a dataset, in place of eval_files; give dataset, or leave one out"
+    if not 0 < config.crop <= 1:
+        yield f"crop={config.crop}; above 0, up to 1"
+    for name in ("label_smoothing", "erase"):
+        if not 0 <= getattr(config, name) <= 1:
+            yield f"{name}={getattr(config, name)}; from 0 to 1"
     if bool(config.train_files) + bool(config.dataset) + bool(config.mixture) > 1:
         yield "train_files, dataset and mixture: give one of the three"
     if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
@@ -234,7 +255,7 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         "max_eval_blocks": 0,
         "keep_checkpoints": 2,
     }
-    least |= {"seed": 0, "weight_decay": 0, "max_grad_norm": 0}
+    least |= {"workers": 0, "mixup": 0, "cutmix": 0, "seed": 0, "weight_decay": 0, "max_grad_norm": 0}
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:

@@ -275,7 +275,7 @@ def check_ids(blocks: datasets.Dataset, vocabulary: int) -> None:
                     f"row {row + at} holds token id {ids[wrong][0]}, but the model's vocabulary has "
                     f"{vocabulary}; tokenise with the model's own tokenizer"
                 )
-        row += len(batch["input_ids"])
+        row += len(next(iter(batch.values())))
 
 
 def files_of(path: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:

@@ -14,13 +14,13 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers.utils import cached_file
 
-from hf_ws.distill.teacher import check_vocabulary, load_model, load_teacher, load_tokenizer
+from hf_ws.distill.teacher import load_model, load_teacher
 from hf_ws.errors import CheckpointError, DataError, DistillationError, PlanError
 from hf_ws.hub import PLAN_FILE
 from hf_ws.plan import Plan
 from hf_ws.training import adapters
 from hf_ws.training.config import TrainConfig
-from hf_ws.training.data import Packed, check_ids
+from hf_ws.training.data import Packed
 from hf_ws.training.records import fingerprint
 from hf_ws.training.run_folder import START
 from hf_ws.training.start import Start, saved_plan, teacher_by_default
@@ -30,7 +30,7 @@ from hf_ws.training.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,13 @@ def prepare(
     cache = _open_cache(config, task, teacher, student, tokenizer)
     if start and teacher is None and cache is None and config.distils:
         teacher = teacher_by_default(start, str(named))
-    if teacher is not None:
-        _check_teacher(teacher, model, student, tokenizer)
     doing = kind(config, student, tokenizer)
+    if teacher is not None:
+        _check_teacher(teacher, model, doing)
     data = _rows(doing, train_blocks, eval_blocks)
-    blocks, held_out = data.train, data.held_out
+    blocks, held_out = doing.ready(data.train), None if data.held_out is None else doing.ready(data.held_out)
     per_step = config.batch_size * config.grad_accum * PartialState().num_processes
-    length = _check_rows(doing, data, student, per_step)
+    length = _check_rows(doing, blocks, per_step)
     if held_out is not None:
         held_out = _whole_batches(held_out, config)
     if start:
@@ -161,7 +161,7 @@ def prepare(
         steps=config.steps or max(1, (config.tokens or 0) // (per_step * length)),
         tokens_per_step=per_step * length,
         model=loaded,
-        tokenizer=tokenizer,
+        tokenizer=doing.processor,
         task=doing,
         teacher=taught_by,
         blocks=blocks,
@@ -190,19 +190,17 @@ def _named(config: TrainConfig, task: str, model: PreTrainedModel | None) -> tup
     return None, config.model
 
 
-def _check_rows(task: Task, data: Rows, student: PreTrainedConfig, per_step: int) -> int:
-    """The length of a row. Raises DataError where rows are too few, too long, or speak of other tokens."""
-    if len(data.train) < per_step:
+def _check_rows(task: Task, rows: datasets.Dataset, per_step: int) -> int:
+    """The length of a row. Raises DataError where rows are too few or too long."""
+    if len(rows) < per_step:
+        kind, shorter = ("blocks", " or a shorter block") if task.unit == "tokens" else ("rows", "")
         raise DataError(
-            f"{len(data.train)} blocks came and one step takes {per_step} (batch_size x grad_accum x processes); "
-            "give more text, a smaller batch or a shorter block"
+            f"{len(rows)} {kind} came and one step takes {per_step} (batch_size x grad_accum x processes); "
+            f"give more data, a smaller batch{shorter}"
         )
-    length = task.length(data.train)
+    length = task.length(rows)
     if task.unit == "tokens":
-        for one in (data.train, data.held_out):
-            if one is not None:
-                check_ids(one, student.get_text_config().vocab_size)
-        check_positions(student, length, "the model")
+        check_positions(task.model_config, length, "the model")
     return length
 
 
@@ -262,22 +260,17 @@ def _read_config(source: str) -> PreTrainedConfig:
         raise CheckpointError(f"{source} has no config that can be read: {error}") from error
 
 
-def _check_teacher(
-    teacher: PreTrainedModel | str | Path,
-    model: PreTrainedModel | None,
-    student: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
+def _check_teacher(teacher: PreTrainedModel | str | Path, model: PreTrainedModel | None, task: Task) -> None:
     if teacher is model:
         raise DistillationError("the teacher is the student itself; give another model, or a copy")
     if not isinstance(teacher, str | Path):
-        check_vocabulary(student, teacher)
+        task.taught_by(teacher.config)
         return
     try:
         theirs = _read_config(str(teacher))
     except CheckpointError as error:
         raise DistillationError(f"the teacher cannot be used: {error}") from error
-    check_vocabulary(student, theirs, tokenizer, load_tokenizer(teacher))
+    task.taught_by(theirs, task.load_processor(str(teacher)))
 
 
 def _rows(task: Task, train: Any, held_out: Any) -> Rows:
@@ -309,7 +302,7 @@ def as_dataset(blocks: Packed | datasets.Dataset | Tensor) -> tuple[datasets.Dat
         raise DataError("a dataset without rows came; give some")
     if "input_ids" in blocks.column_names and not {"labels", "target"} & {*blocks.column_names}:
         blocks = blocks.add_column("labels", blocks.with_format("arrow")[:]["input_ids"])
-    return blocks.with_format("torch"), None
+    return blocks.with_format("torch") if "input_ids" in blocks.column_names else blocks, None
 
 
 def _whole_batches(held_out: datasets.Dataset, config: TrainConfig) -> datasets.Dataset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class Objective:
         plan: Of the student, where inner states are compared.
         shifts: Whether position t predicts label t + 1, as causal models do.
         batch: A small batch to see on whether the head can be taken apart.
+        for_teacher: Makes the teacher's inputs of the student's.
 
     Raises:
         DistillationError: Inner states that cannot be compared.
@@ -66,8 +67,10 @@ class Objective:
         *,
         shifts: bool = True,
         batch: Mapping[str, Tensor],
+        for_teacher: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.config, self.student, self.teacher, self.shifts = config, student, teacher, shifts
+        self.for_teacher = for_teacher
         self.states = [name for name in config.kd_losses if name in STATE_LOSSES]
         self.vocabulary = _common_ids(student, teacher)
         self.pairs = None
@@ -94,7 +97,8 @@ class Objective:
 
         Args:
             model: The student as it is wrapped for training.
-            batch: What the model takes, and `labels`; of a cache also `teacher_ids`, `teacher_log_probs`,
+            batch: What the model takes, and `labels`; `soft_labels` [images, classes] in place of these for the
+                cross-entropy that is trained; of a cache also `teacher_ids`, `teacher_log_probs`,
                 `teacher_rest`.
             progress: How much of the run is over, 0 to 1; None to evaluate, which is cross-entropy alone.
             items: The labels counted in all the batches of an optimizer step; None for those of this one.
@@ -114,14 +118,12 @@ class Objective:
             taught = self._ask_teacher(inputs, asked)
         with ExitStack() as stack:
             seen = stack.enter_context(states.watched(self.student, *self._modules("student", asked)))
-            outputs, (loss, parts) = self._forward(model, inputs, targets, taught, weights, items)
+            soft = batch.get("soft_labels") if progress is not None else None
+            outputs, (loss, parts) = self._forward(model, inputs, targets, taught, weights, items, soft)
         if asked and self.pairs and taught.seen is not None:
-            counted = (
-                inputs["attention_mask"].bool()
-                if "attention_mask" in inputs
-                else torch.ones_like(targets) > 0
-            )
-            found = states.state_losses(asked, self.pairs, seen, taught.seen, counted)
+            counted = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+            decoded = targets != -100 if "decoder_input_ids" in inputs else None
+            found = states.state_losses(asked, self.pairs, seen, taught.seen, counted, decoded=decoded)
             share = (
                 1.0 if items is None else (targets != -100).sum() / items
             )  # of the step's tokens, as the rest has
@@ -162,6 +164,7 @@ class Objective:
         taught: Taught,
         weights: Mapping[str, float],
         items: Tensor | int | None,
+        soft: Tensor | None,
     ) -> tuple[Any, tuple[Tensor, dict[str, Tensor]]]:
         """The model's outputs, and the losses over its vocabulary."""
         config = self.config
@@ -175,6 +178,12 @@ class Objective:
             "options": {"jensen_shannon": {"beta": config.kd_beta}, "skew_kl": {"alpha": config.kd_alpha}},
             "teacher_head": taught.head,
         }
+        if soft is not None:
+            outputs = model(**inputs)
+            share = options["weights"].pop(CROSS_ENTROPY, 0.0)
+            loss, parts = token_losses(outputs.logits, targets, taught.tokens, **options)
+            own = -(soft * outputs.logits.float().log_softmax(-1)).sum() / (items or len(soft))
+            return outputs, (loss + share * own, {CROSS_ENTROPY: own.detach()} | parts)
         if not self.apart:
             outputs = model(**inputs)
             return outputs, token_losses(outputs.logits, targets, taught.tokens, **options)
@@ -210,6 +219,7 @@ class Objective:
         return Taught(read[0], head.head_of(teacher), seen)
 
     def _for_teacher(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = self.for_teacher(dict(inputs))
         return {name: value for name, value in inputs.items() if name in self._accepted}
 
     def _modules(self, side: str, asked: list[str]) -> tuple[list[str], list[str]]:
@@ -231,9 +241,12 @@ def at(weight: Weight, progress: float) -> float:
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch without what is no input of the model."""
-    return {
-        name: value for name, value in batch.items() if name != "labels" and not name.startswith("teacher_")
-    } | {"use_cache": False}
+    aside = ("labels", "soft_labels")
+    inputs = {
+        name: value for name, value in batch.items() if name not in aside and not name.startswith("teacher_")
+    }
+    # Only what reads tokens keeps a cache, and other models may not know the word.
+    return inputs | ({"use_cache": False} if {"input_ids", "decoder_input_ids"} & {*inputs} else {})
 
 
 def _common_ids(student: PreTrainedModel, teacher: PreTrainedModel | None) -> int | None:

@@ -32,8 +32,9 @@ def run(task: str, about: str | None) -> int:
     if state.is_main_process:
         if history.evaluations:
             first, last = history.evaluations[0][1], history.final_loss
-            per = "token" if TASKS[task].unit == "tokens" else "label"
-            print(f"held-out loss {first:.3f} -> {last:.3f} nats per {per}, {history.seconds:.0f} s")
+            print(
+                f"held-out loss {first:.3f} -> {last:.3f} nats per {TASKS[task].predicts}, {history.seconds:.0f} s"
+            )
         print(f"the run is in {config.output}")
     state.destroy_process_group()
     return 0

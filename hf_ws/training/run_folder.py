@@ -162,14 +162,16 @@ def write_metrics(folder: Path, rows: list[dict[str, Any]], *, append: bool) -> 
         file.writelines(line + "\n" for line in lines)
 
 
-def draw_losses(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw training and held-out loss against tokens into `loss.png`."""
+def draw_losses(
+    folder: Path, rows: list[dict[str, Any]], unit: str = "tokens", predicts: str = "token"
+) -> None:
+    """Draw training and held-out loss, in nats per what is predicted, against units seen into `loss.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="training tokens", ylabel="loss, nats per token")
+    axes = figure.add_subplot(xlabel=f"training {unit}", ylabel=f"loss, nats per {predicts}")
     styles = {
         "loss": ("training", "C0", 1.0),
         "ce_loss": ("cross-entropy", "C2", 1.0),

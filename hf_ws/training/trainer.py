@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
@@ -35,9 +34,9 @@ from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
 from hf_ws.training.objective import Objective
+from hf_ws.training.placed import Placed, likeliest, measured
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
 from hf_ws.training.stop import Stopper
-from hf_ws.training.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     import datasets
@@ -49,7 +48,7 @@ logger = logging.getLogger(__name__)
 # Settings that may differ when a run is continued: what they name is known by its fingerprint, or they change
 # what is recorded and not what is learned.
 _FREE = {"model", "teacher", "output", "save_model", "resume", "eval_files", "max_eval_blocks", "threads"}
-_FREE |= {"teacher_cache", "preset"}  # what the second fills is compared
+_FREE |= {"eval_split", "workers", "teacher_cache", "preset"}  # what the second fills is compared
 _FREE |= {"eval_every", "eval_at", "log_every", "save_every", "keep_checkpoints", "report_to", "progress"}
 
 
@@ -166,10 +165,16 @@ class _Trainer(Trainer):
         super().__init__(**options)
         self.job, self.stopper = job, stopper
         teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
-        batch = job.task.batch([Placed(job.blocks, [0])[0]])
+        batch = job.task.batch([Placed(job.task, job.blocks, [0], training=True)[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
         self.objective = Objective(
-            job.config, job.model, teacher, job.plan, shifts=job.task.shifts, batch=batch
+            job.config,
+            job.model,
+            teacher,
+            job.plan,
+            shifts=job.task.shifts,
+            batch=batch,
+            for_teacher=job.task.for_teacher,
         )
         if logits_whole(self.accelerator):
             self.objective.apart = False
@@ -225,34 +230,15 @@ class _Trainer(Trainer):
                 logs[name] = self.accelerator.reduce(total / steps, "mean").item()
             self._parts, self._batches = {}, 0
         if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            if self.job.task.predicts == "token":
+                logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
             if self.job.bytes_per_token:
                 logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) / self.job.bytes_per_token
         super().log(logs, start_time)
 
 
-class Placed(TorchDataset[dict[str, Any]]):
-    """Rows in an order, each with its `place` in it: what is drawn for a row by chance follows from that.
-
-    With a cache, each has what the teacher says of it besides.
-    """
-
-    def __init__(
-        self, rows: datasets.Dataset, order: Sequence[int], cache: TeacherCache | None = None
-    ) -> None:
-        self.rows, self.order, self.cache = rows, order, cache
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        number = self.order[place]
-        taught = {} if self.cache is None else self.cache[number]
-        return {**self.rows[number], **taught, "place": place}
-
-
 def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
-    stopper = Stopper()
+    stopper, held_out = Stopper(), job.held_out
     trainer = _Trainer(
         job=job,
         stopper=stopper,
@@ -260,9 +246,11 @@ def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Tr
         args=_arguments(job, place, resumed),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
-        train_dataset=Placed(job.blocks, job.order().tolist(), job.cache),
-        eval_dataset=None if job.held_out is None else Placed(job.held_out, range(len(job.held_out))),
+        train_dataset=Placed(job.task, job.blocks, job.order().tolist(), job.cache, training=True),
+        eval_dataset=held_out and Placed(job.task, held_out, range(len(held_out)), training=False),
         data_collator=job.task.batch,
+        compute_metrics=measured(job.task),
+        preprocess_logits_for_metrics=likeliest,
         callbacks=[stopper, recorder],  # in this order: the second logs where the first saves
     )
     trainer.remove_callback(PrinterCallback)
@@ -312,6 +300,7 @@ def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
         report_to=config.report_to or "none",
         disable_tqdm=not config.progress,
         dataloader_pin_memory=not on_cpu(),
+        dataloader_num_workers=config.workers,
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         remove_unused_columns=False,  # the task makes the batch
@@ -361,7 +350,11 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
             if isinstance(callback, Bar):
                 callback.close()
         # The Trainer switches the cache off and leaves it so, which would be saved with the model.
-        model.config.use_cache = recorder.use_cache
+        if recorder.use_cache is None:
+            vars(model.config).pop("use_cache", None)
+        else:
+            model.config.use_cache = recorder.use_cache
         model.eval()
         if recorder.folder and trainer.is_world_process_zero():
-            run_folder.draw_losses(recorder.folder, recorder.rows)
+            task = recorder.job.task
+            run_folder.draw_losses(recorder.folder, recorder.rows, task.unit, task.predicts)

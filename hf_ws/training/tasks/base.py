@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from hf_ws.errors import DataError, HfWsError
-from hf_ws.training.data import Document, Packed, load_text, pack, split_held_out, text_files, warn_of_repeats
+from hf_ws.training.data import (
+    Document,
+    Packed,
+    check_ids,
+    load_text,
+    pack,
+    split_held_out,
+    text_files,
+    warn_of_repeats,
+)
 from hf_ws.training.records import usable
 
 if TYPE_CHECKING:
@@ -46,9 +55,45 @@ class Task:
     """Whether position t predicts label t + 1."""
     unit: ClassVar[str] = "tokens"
     """What the length of a row counts."""
+    predicts: ClassVar[str] = "token"
+    """What the loss is the mean over."""
+    mixes: bool = False
+    """Whether rows to train on come with an `other` row of the data, to be mixed with."""
 
     def __init__(self, config: TrainConfig, model_config: PreTrainedConfig, processor: Any = None) -> None:
         self.config, self.model_config, self.processor = config, model_config, processor
+
+    def taught_by(self, teacher: PreTrainedConfig, processor: Any = None) -> None:
+        """Refuse a teacher that speaks of something else; what `for_teacher` makes follows from it.
+
+        Args:
+            teacher: Its config.
+            processor: What is beside it; None where that is not known.
+
+        Raises:
+            DistillationError: Saying what differs.
+        """
+        from hf_ws.distill.teacher import check_vocabulary
+
+        check_vocabulary(self.model_config, teacher, self.processor, processor)
+
+    def for_teacher(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the teacher takes, of what the student takes."""
+        return inputs
+
+    def ready(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """The rows as `batch` takes them, checked to suit the model. Raises DataError."""
+        check_ids(rows, self.model_config.get_text_config().vocab_size)
+        return rows
+
+    def metrics(self, chosen: Any, labels: Any) -> dict[str, float]:
+        """What is recorded of held-out rows beside the loss, by name.
+
+        Args:
+            chosen: What the model takes to be likeliest, in the shape of the labels.
+            labels: -100 where nothing is predicted.
+        """
+        return {}
 
     @classmethod
     def load_processor(cls, source: str) -> Any:
@@ -98,8 +143,12 @@ class Task:
         return len(rows[0]["input_ids"])
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """What the model takes of these rows, and `labels`; each row has its `place` in the run besides."""
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "place"}
+        """What the model takes of these rows, and `labels`.
+
+        Each row has its `place` in the run besides, and whether it is for `training`.
+        """
+        names = [name for name in rows[0] if name not in ("place", "training")]
+        return {name: torch.stack([row[name] for row in rows]) for name in names}
 
     def drawn(self, row: dict[str, Any]) -> torch.Generator:
         """The chance of one row, from the seed and its place."""
@@ -117,19 +166,21 @@ class Task:
         elif config.train_files:
             documents = text_files(config.train_files, column=config.text_column)
         elif config.dataset:
-            documents = load_text(
-                config.dataset,
-                split=config.dataset_split,
-                column=config.text_column,
-                config_name=config.dataset_config,
-            )
+            documents = self._from_hub(config.dataset_split)
         else:
             raise DataError(
                 "no text to train on; set train_files (files, folders, globs, or stdlib), dataset or mixture"
             )
         if config.eval_files and source is None:
             return documents, text_files(config.eval_files, column=config.text_column)
+        if config.eval_split:
+            return documents, self._from_hub(config.eval_split)
         return split_held_out(documents)
+
+    def _from_hub(self, split: str) -> list[Document]:
+        config = self.config
+        options = {"column": config.text_column, "config_name": config.dataset_config}
+        return load_text(config.dataset, split=split, **options)
 
     def _packed(self, documents: list[Document]) -> Packed:
         from accelerate import PartialState
