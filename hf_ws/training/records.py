@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from hf_ws.errors import DataError
 from hf_ws.training.data import files_of
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FOLDERS = {
+    "imagefolder": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    "audiofolder": (".wav", ".flac", ".mp3", ".ogg"),
+}
+"""How a folder that holds such files is read."""
+
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """How a file's rows are read, by the end of its name."""
 
@@ -26,21 +33,24 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 def rows_of(config: TrainConfig, columns: list[str]) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows to train on, and those held out, with these columns alone.
 
-    From `train_files` (.jsonl, .parquet, .csv; or one folder of images in a folder a class) or `dataset`; held out is
-    what `eval_files` names, else one row in twenty, by the hash of what is in it.
+    From `train_files` (.jsonl, .parquet, .csv; or one folder of images in a folder a class, or of sounds with their
+    metadata.csv) or `dataset`; held out is what `eval_files` or `eval_split` names, else one row in twenty, by the hash
+    of what is in it. Images and sounds come as files, {"bytes", "path"}, not decoded.
 
     Raises:
         DataError: No such data, a column that is missing, nothing in it.
     """
     if config.train_files:
-        rows = _from_files(config.train_files, columns)
+        rows = _from_files(config, config.train_files, columns)
     elif config.dataset:
-        rows = _from_hub(config)
+        rows = _from_hub(config, config.dataset_split)
     else:
         raise DataError("no data to train on; set train_files or dataset")
     rows = _with(rows, columns, "the training data")
     if config.eval_files:
-        return rows, _with(_from_files(config.eval_files, columns), columns, "the held-out data")
+        return rows, _with(_from_files(config, config.eval_files, columns), columns, "the held-out data")
+    if config.eval_split:
+        return rows, _with(_from_hub(config, config.eval_split), columns, "the held-out data")
     return split_rows(rows)
 
 
@@ -50,7 +60,8 @@ def split_rows(rows: datasets.Dataset, one_in: int = 20) -> tuple[datasets.Datas
     Raises:
         DataError: All rows fall on one side, as a handful of them may.
     """
-    held_out = [int(fingerprint(row), 16) % one_in == 0 for row in rows]
+    bar = tqdm(rows, desc="splitting", unit=" rows", delay=2, leave=False)
+    held_out = [int(fingerprint(row), 16) % one_in == 0 for row in bar]
     train, others = ([i for i, held in enumerate(held_out) if held == side] for side in (False, True))
     if not train or not others:
         raise DataError(f"{len(rows)} rows are too few to hold some out; give more, or name eval_files")
@@ -103,7 +114,9 @@ def fingerprint(value: Any) -> str:
     seen = hashlib.sha256()
 
     def add(part: Any) -> None:
-        if isinstance(part, dict):
+        if isinstance(part, dict) and part.keys() == {"bytes", "path"}:  # a file, wherever it lies
+            seen.update(part["bytes"] or _content(part["path"]))
+        elif isinstance(part, dict):
             for name in sorted(part):
                 seen.update(str(name).encode())
                 add(part[name])
@@ -121,12 +134,19 @@ def fingerprint(value: Any) -> str:
     return seen.hexdigest()
 
 
-def _from_files(names: list[str], columns: list[str]) -> datasets.Dataset:
-    import datasets
+def _content(path: str | None) -> bytes:
+    try:
+        return Path(path or "").read_bytes()
+    except OSError as error:
+        raise DataError(f"{path or 'a file without a name'} cannot be read: {error.strerror}") from error
 
-    if len(names) == 1 and (folder := Path(names[0]).expanduser()).is_dir() and "image" in columns:
-        found = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
-        return found
+
+def _from_files(config: TrainConfig, names: list[str], columns: list[str]) -> datasets.Dataset:
+    folder = Path(names[0]).expanduser()
+    if len(names) == 1 and folder.is_dir():
+        kind = "imagefolder" if config.image_column in columns else "audiofolder"
+        if any(file.is_file() and file.suffix.lower() in FOLDERS[kind] for file in folder.rglob("*")):
+            return _loaded(names, kind, data_dir=str(folder))
     files = [file for name in names for file in files_of(name, tuple(READERS))]
     kinds = {READERS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
@@ -134,25 +154,31 @@ def _from_files(names: list[str], columns: list[str]) -> datasets.Dataset:
             f"{', '.join(names)} hold {', '.join(sorted({f.suffix for f in files}))} files; give files of one kind: "
             + ", ".join(READERS)
         )
+    return _loaded(names, str(kinds.pop()), data_files=[str(file) for file in files])
+
+
+def _loaded(names: list[str], kind: str, **options: Any) -> datasets.Dataset:
+    import datasets
+
     try:
-        return datasets.load_dataset(
-            str(kinds.pop()), data_files=[str(file) for file in files], split="train"
-        )
+        return datasets.load_dataset(kind, split="train", **options)
     except Exception as error:  # whatever the reader of that kind raises
         raise DataError(f"{', '.join(names)} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _from_hub(config: TrainConfig) -> datasets.Dataset:
+def _from_hub(config: TrainConfig, split: str) -> datasets.Dataset:
     import datasets
 
     try:
-        return datasets.load_dataset(str(config.dataset), config.dataset_config, split=config.dataset_split)
+        return datasets.load_dataset(str(config.dataset), config.dataset_config, split=split)
     except Exception as error:  # whatever the Hub client of the day raises
         raise DataError(f"dataset {config.dataset!r} could not be loaded: {error}") from error
 
 
 def _with(rows: datasets.Dataset, columns: list[str], what: str) -> datasets.Dataset:
-    """The rows with these columns alone. Raises DataError."""
+    """The rows with these columns alone, files not decoded. Raises DataError."""
+    import datasets
+
     lacking = [name for name in columns if name not in rows.column_names]
     if lacking:
         raise DataError(
@@ -160,4 +186,9 @@ def _with(rows: datasets.Dataset, columns: list[str], what: str) -> datasets.Dat
         )
     if not len(rows):
         raise DataError(f"{what} has no rows; give some")
-    return rows.select_columns(columns)
+    rows = rows.select_columns(columns)
+    for name in columns:
+        feature = rows.features[name]
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows

@@ -9,9 +9,15 @@ from collections.abc import Mapping
 
 from hf_ws.training.tasks.base import Rows, Task
 from hf_ws.training.tasks.causal_lm import CausalLM
+from hf_ws.training.tasks.image_classification import ImageClassification
 from hf_ws.training.tasks.masked_lm import MaskedLM
 from hf_ws.training.tasks.seq2seq import Seq2Seq
 
-TASKS: Mapping[str, type[Task]] = {"clm": CausalLM, "mlm": MaskedLM, "seq2seq": Seq2Seq}
+TASKS: Mapping[str, type[Task]] = {
+    "clm": CausalLM,
+    "mlm": MaskedLM,
+    "seq2seq": Seq2Seq,
+    "image_classification": ImageClassification,
+}
 
 __all__ = ["TASKS", "Rows", "Task"]

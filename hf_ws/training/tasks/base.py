@@ -179,8 +179,9 @@ class Task:
 
     def _from_hub(self, split: str) -> list[Document]:
         config = self.config
-        options = {"column": config.text_column, "config_name": config.dataset_config}
-        return load_text(config.dataset, split=split, **options)
+        return load_text(
+            config.dataset, split=split, column=config.text_column, config_name=config.dataset_config
+        )
 
     def _packed(self, documents: list[Document]) -> Packed:
         from accelerate import PartialState
