@@ -1,6 +1,6 @@
 """Continue the pretraining of a masked language model (BERT and its kin), from a teacher too if one is given.
 
-    hf-ws subclone bert-large-uncased students/bert-6 --layers 6
+    hf-ws subclone google-bert/bert-large-uncased students/bert-6 --layers 6
     accelerate launch recipes/mlm.py --config recipes/configs/bert-large-to-6-layers.yaml --output runs/bert-6
 
     # a minute on a CPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import string
+import wave
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def dialtones(rate: int = 16_000, count: int = 1000) -> datasets.Dataset:
         count: How many clips.
 
     Returns:
-        `audio`, {"array": 16-bit samples, "sampling_rate"}, and `text`, the digits.
+        `audio`, WAV files of 16 bits, and `text`, the digits.
     """
     import datasets
 
@@ -75,10 +76,10 @@ def dialtones(rate: int = 16_000, count: int = 1000) -> datasets.Dataset:
         pressed = [part for key in text for part in (tones[key] * draw.uniform(0.5, 1.0), rests[1])]
         clip = np.concatenate([rests[0], *pressed])
         clip = clip + draw.normal(0.0, 0.03, len(clip))
-        clips.append({"array": (clip.clip(-1, 1) * 32767).astype(np.int16), "sampling_rate": rate})
+        clips.append({"bytes": _wav(clip, rate), "path": None})
         texts.append(text)
-    sound = {"array": datasets.Sequence(datasets.Value("int16")), "sampling_rate": datasets.Value("int32")}
-    features = datasets.Features(audio=sound, text=datasets.Value("string"))
+    file = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features(audio=file, text=datasets.Value("string"))
     return datasets.Dataset.from_dict({"audio": clips, "text": texts}, features=features)
 
 
@@ -94,6 +95,17 @@ def _drawn(character: str, fonts: list[ImageFont.FreeTypeFont], draw: np.random.
     turned = picture.rotate(draw.uniform(-8, 8), Image.Resampling.BILINEAR, fillcolor=paper)
     noisy = np.asarray(turned, dtype=np.float64) + draw.normal(0.0, 8.0, (_SIDE, _SIDE))
     return noisy.clip(0, 255).astype(np.uint8)
+
+
+def _wav(samples: np.ndarray, rate: int) -> bytes:
+    """Samples from -1 to 1 as a file."""
+    made = io.BytesIO()
+    with wave.open(made, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    return made.getvalue()
 
 
 def _tone(hertz: tuple[int, int], rate: int) -> np.ndarray:

@@ -120,6 +120,8 @@ def fingerprint(value: Any) -> str:
             for name in sorted(part):
                 seen.update(str(name).encode())
                 add(part[name])
+        elif isinstance(part, list) and part and all(type(one) in (int, float) for one in part):
+            seen.update(np.asarray(part).tobytes())  # of sound these are many
         elif isinstance(part, list | tuple):
             for one in part:
                 add(one)

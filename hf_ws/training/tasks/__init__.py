@@ -12,12 +12,14 @@ from hf_ws.training.tasks.causal_lm import CausalLM
 from hf_ws.training.tasks.image_classification import ImageClassification
 from hf_ws.training.tasks.masked_lm import MaskedLM
 from hf_ws.training.tasks.seq2seq import Seq2Seq
+from hf_ws.training.tasks.speech import Speech
 
 TASKS: Mapping[str, type[Task]] = {
     "clm": CausalLM,
     "mlm": MaskedLM,
     "seq2seq": Seq2Seq,
     "image_classification": ImageClassification,
+    "speech": Speech,
 }
 
 __all__ = ["TASKS", "Rows", "Task"]

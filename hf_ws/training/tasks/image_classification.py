@@ -49,7 +49,7 @@ class ImageClassification(Task):
         self.channels = int(getattr(model_config, "num_channels", 3))
         self.classes = int(model_config.num_labels)
         self.size = _size(self.processor, self.channels)
-        self.names: list[str] | None = None
+        self.numbers: dict[str, int] = {}
         self._teacher: tuple[tuple[int, int] | None, Any] | None = None
 
     @classmethod
@@ -120,18 +120,17 @@ class ImageClassification(Task):
             rows = rows.cast_column(image, datasets.Image(decode=False))
         except (TypeError, ValueError) as error:
             raise DataError(f"column {image!r} holds {rows.features[image]}, no pictures") from error
-        rows = self._numbered(rows, label)
+        self._check_labels(rows, label)
         for i in range(min(len(rows), _LOOKED_AT)):
             self._open(rows[i], f"row {i}")
         return rows
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """`pixel_values` [rows, channels, height, width] and `labels` [rows]; to train, also `soft_labels`."""
-        label = self.config.label_column
         made = [self._made(row) for row in rows]
         found = {
             "pixel_values": torch.stack([pixels for pixels, _ in made]),
-            "labels": torch.tensor([row[label] for row in rows]),
+            "labels": torch.tensor([self._label(row) for row in rows]),
         }
         if rows[0].get("training") and (self.mixes or self.config.label_smoothing):
             found["soft_labels"] = torch.stack(
@@ -181,11 +180,11 @@ class ImageClassification(Task):
 
     def _soft(self, row: dict[str, Any], share: float) -> Tensor:
         """The weight of every class, in all 1."""
-        label, smoothing = self.config.label_column, self.config.label_smoothing
+        smoothing = self.config.label_smoothing
         soft = torch.full((self.classes,), smoothing / self.classes)
-        soft[row[label]] += (1 - smoothing) * share
+        soft[self._label(row)] += (1 - smoothing) * share
         if "other" in row:
-            soft[row["other"][label]] += (1 - smoothing) * (1 - share)
+            soft[self._label(row["other"])] += (1 - smoothing) * (1 - share)
         return soft
 
     def _open(self, row: dict[str, Any], where: str) -> Image.Image:
@@ -201,36 +200,39 @@ class ImageClassification(Task):
                 f"{where}: {_name(file)} cannot be read as a picture ({type(error).__name__}); mend or remove it"
             ) from error
 
-    def _numbered(self, rows: datasets.Dataset, label: str) -> datasets.Dataset:
-        """The rows with labels as numbers, the data's names for them checked against the model's."""
-        feature, known = rows.features[label], _named(self.model_config)
-        values = rows.with_format("arrow")[label]
-        values = (values.combine_chunks() if hasattr(values, "combine_chunks") else values[:]).to_pylist()
+    def _label(self, row: dict[str, Any]) -> int:
+        value = row[self.config.label_column]
+        return self.numbers[value] if isinstance(value, str) else int(value)
+
+    def _check_labels(self, rows: datasets.Dataset, label: str) -> None:
+        """Refuse a label that the model does not have, or calls otherwise."""
+        known = _named(self.model_config)
+        named: list[str] = getattr(rows.features[label], "names", None) or []
+        values = list(rows.select_columns([label]).with_format(None)[label])
         if any(isinstance(value, str) for value in values):
-            self.names = self.names or ([*known.values()] or sorted({v for v in values if v is not None}))
-            numbers = {name: i for i, name in enumerate(self.names)}
-            wrong = next((i for i, value in enumerate(values) if value not in numbers), None)
+            names = [*known.values()] or sorted({value for value in values if value is not None})
+            self.numbers = self.numbers or {name: i for i, name in enumerate(names)}
+            wrong = next((i for i, value in enumerate(values) if value not in self.numbers), None)
             if wrong is not None:
                 raise DataError(
-                    f"row {wrong}: label {values[wrong]!r} is none of {', '.join(self.names[:20])}"
+                    f"row {wrong}: label {values[wrong]!r} is none of {', '.join([*self.numbers][:20])}"
                 )
-            values = [numbers[value] for value in values]
-            rows = rows.remove_columns(label).add_column(label, values)
-        elif (names := getattr(feature, "names", None)) and {*names} == {*known.values()}:
-            differing = [i for i, name in enumerate(names) if known[i] != name]
+            values = [self.numbers[value] for value in values]
+        elif named and {*named} == {*known.values()}:
+            differing = [i for i, name in enumerate(named) if known[i] != name]
             if differing:
                 i = differing[0]
                 raise DataError(
-                    f"label {i} is {names[i]!r} in the data and {known[i]!r} to the model; renumber them"
+                    f"label {i} is {named[i]!r} in the data and {known[i]!r} to the model; renumber them"
                 )
         for i, value in enumerate(values):
             if not isinstance(value, int) or not 0 <= value < self.classes:
-                name = f" ({names[value]!r})" if (names := getattr(feature, "names", None)) and value else ""
+                inside = isinstance(value, int) and 0 <= value < len(named)
+                name = f" ({named[value]!r})" if inside else ""
                 raise DataError(
                     f"row {i}: label {value!r}{name}, but the model has {self.classes} labels, from 0; "
                     "make it with as many as the data has (--set num_labels=N), or mend the row"
                 )
-        return rows
 
 
 def _plain_processor(config: PreTrainedConfig) -> Any:

@@ -13,7 +13,7 @@ from hf_ws.training.tasks.base import Rows, Task
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class Seq2Seq(Task):
@@ -63,24 +63,13 @@ class Seq2Seq(Task):
         made = rows if "target" in rows[0] else [self._corrupted(row) for row in rows]
         padding = self.model_config.pad_token_id or 0
         sources, targets = [row["input_ids"] for row in made], [row["target"] for row in made]
-        labels = _padded(targets, -100)
+        labels = padded(targets, -100)
         return {
-            "input_ids": _padded(sources, padding),
-            "attention_mask": _padded([torch.ones_like(ids) for ids in sources], 0),
-            "decoder_input_ids": self._begun(labels, padding),
+            "input_ids": padded(sources, padding),
+            "attention_mask": padded([torch.ones_like(ids) for ids in sources], 0),
+            "decoder_input_ids": begun(labels, self.model_config, padding),
             "labels": labels,
         }
-
-    def _begun(self, labels: Tensor, padding: int) -> Tensor:
-        """What the decoder reads: the start token, then the labels one later."""
-        configs = (self.model_config, self.model_config.get_text_config(decoder=True))
-        named = [
-            getattr(c, name, None) for name in ("decoder_start_token_id", "bos_token_id") for c in configs
-        ]
-        start = next((token for token in named if token is not None), padding)
-        shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = start
-        return shifted.masked_fill(shifted == -100, padding)
 
     def _tokenised(self, rows: datasets.Dataset) -> datasets.Dataset:
         config, tokenizer = self.config, self._tokenizer
@@ -163,5 +152,16 @@ def _parts(total: int, count: int, draw: torch.Generator) -> list[int]:
     return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-def _padded(rows: list[Tensor], value: int) -> Tensor:
+def begun(labels: Tensor, config: PreTrainedConfig, padding: int) -> Tensor:
+    """What a decoder reads to predict `labels` [rows, tokens]: the start token, then the labels one later."""
+    configs = (config, config.get_text_config(decoder=True))
+    named = [getattr(c, name, None) for name in ("decoder_start_token_id", "bos_token_id") for c in configs]
+    start = next((token for token in named if token is not None), padding)
+    shifted = labels.roll(1, dims=-1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == -100, padding)
+
+
+def padded(rows: list[Tensor], value: int) -> Tensor:
+    """Rows of ids as one table, filled up at the end."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
