@@ -122,7 +122,7 @@ class ImageClassification(Task):
             raise DataError(f"column {image!r} holds {rows.features[image]}, no pictures") from error
         self._check_labels(rows, label)
         for i in range(min(len(rows), _LOOKED_AT)):
-            self._open(rows[i], f"row {i}")
+            self._open(rows[i], f"row {i}").close()
         return rows
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
