@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,8 @@ def calibrate(
 ) -> Evidence:
     """Run `model` over `data` and average what it does.
 
+    Under `accelerate launch` every process calls it with the same data, runs its share, and gets the same averages.
+
     Args:
         model: Run as it is, in evaluation mode, without gradients; left as it was.
         data: Token ids [sequences, tokens]; or a list of texts, or a `datasets` dataset with a `text` or an
@@ -72,17 +75,29 @@ def calibrate(
     model.eval()
     try:
         with torch.no_grad(), collector:
-            for inputs in tqdm(
-                list(_inputs(data, tokenizer, longest)), desc="calibrating", unit="batch", delay=2
-            ):
+            batches = list(_inputs(data, tokenizer, longest))
+            for inputs in (
+                batches
+            ):  # all of them in every process: one that stopped alone would leave the others waiting
                 _check_ids(inputs.get("input_ids"), model.config, longest)
+            rank, processes = _share()
+            own = batches[rank::processes]
+            for inputs in tqdm(own, desc="calibrating", unit="batch", delay=2, disable=rank > 0):
                 collector.mask = inputs.get("attention_mask")
                 moved = {name: value.to(model.device) for name, value in inputs.items()}
                 model(**moved, **({} if "labels" in moved else spare))
     finally:
         for module, was in training.items():
             module.training = was
+    collector.gather(processes)
     return collector.means()
+
+
+def _share() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _inputs(
@@ -226,6 +241,18 @@ class _Collector:
         added = reduce(flat.sum(0, dtype=torch.float64).cpu())
         self._sums[key] = self._sums.get(key, torch.zeros_like(added)) + added
         self._counts[key] = self._counts.get(key, 0.0) + count
+
+    def gather(self, processes: int) -> None:
+        """Add up what all processes saw, in the same order everywhere."""
+        if processes == 1:
+            return
+        seen: list[Any] = [None] * processes
+        dist.all_gather_object(seen, (self._sums, self._counts))
+        self._sums, self._counts = {}, {}
+        for sums, counts in seen:
+            for key, total in sums.items():
+                self._sums[key] = self._sums.get(key, torch.zeros_like(total)) + total
+                self._counts[key] = self._counts.get(key, 0.0) + counts[key]
 
     def means(self) -> Evidence:
         means = {key: total / max(self._counts[key], 1.0) for key, total in self._sums.items()}

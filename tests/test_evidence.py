@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_ws import calibrate
+from hf_ws import calibrate, evidence
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence import Evidence
 from tests import families
@@ -336,3 +337,21 @@ def test_sequences_longer_than_the_position_table(tokenizer: PreTrainedTokenizer
     with pytest.raises(CalibrationError, match="have 65 tokens, the model knows 64 positions; cut them"):
         calibrate(model, families.tokens(rows=1, length=65))
     calibrate(model, [" ".join(TEXTS)] * 4, tokenizer=tokenizer)  # texts are cut for it
+
+
+def test_processes_see_a_share_each_and_add_up_to_the_whole(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Two processes of which each has its own batches, and three of which the last has none."""
+    ids = families.tokens(rows=2 * evidence.BATCH, length=8)
+    whole = calibrate(llama, ids)
+    for processes in (2, 3):
+        torch.multiprocessing.spawn(_calibrate_a_share, (processes, llama, ids, tmp_path), processes)
+        for rank in range(processes):
+            same(torch.load(tmp_path / f"{processes}-{rank}.pt"), whole)
+
+
+def _calibrate_a_share(rank: int, processes: int, model: PreTrainedModel, ids: Tensor, folder: Path) -> None:
+    torch.set_num_threads(1)
+    place = f"file://{folder}/meet-{processes}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=processes)
+    torch.save(dict(calibrate(model, ids)), folder / f"{processes}-{rank}.pt")
+    torch.distributed.destroy_process_group()

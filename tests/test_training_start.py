@@ -128,7 +128,7 @@ def test_a_resumed_run_makes_the_same_start(source, tmp_path, monkeypatch) -> No
 
 
 def test_two_processes_make_one_start(source, tmp_path) -> None:
-    """They calibrate once, and train as one process does."""
+    """Each calibrates on its share; they choose as one process does, and train as one."""
     root = Path(__file__).parents[1]
     one, two = tmp_path / "one", tmp_path / "two"
     config = settings(source, batch_size=4, kd_weight=0.5, log_every=1, output=str(one))

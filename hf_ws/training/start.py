@@ -1,7 +1,7 @@
 """The start that a run makes for itself: from a source's name to a student, once.
 
-Sizes are checked from the source's `config.json` before anything else is read. The indices are chosen by the first
-process and told to the others, and kept in the run's folder, so every process and every resumed run makes one start.
+Sizes are checked from the source's `config.json` before anything else is read. Every process calibrates on its share,
+and chooses by what all of them saw; the plan is kept in the run's folder, so a resumed run makes the same start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from hf_ws import store
 from hf_ws.auto import AutoSubclone
@@ -90,19 +89,16 @@ class Start:
         Raises:
             CalibrationError, CheckpointError, PlanError: As `AutoSubclone.from_pretrained`.
         """
-        state, plan = PartialState(), self.plan
+        plan = self.plan
         if saved is not None:
             plan = Plan.load(saved)
         elif self.asked.calibration:
-            told: list[Plan | None] = [None]
-            if state.is_main_process:
-                told[0] = AutoSubclone.plan(
-                    self.asked.source,
-                    calibration=list(self._inputs(task, blocks)),
-                    device=state.device,
-                    **self._arguments(self.asked, self.model_class),
-                )
-            plan = broadcast_object_list(told)[0]
+            plan = AutoSubclone.plan(
+                self.asked.source,
+                calibration=list(self._inputs(task, blocks)),
+                device=PartialState().device,
+                **self._arguments(self.asked, self.model_class),
+            )
         return plan.apply(self.asked.source, local_files_only=self.asked.local_files_only)
 
     def _inputs(self, task: Task, blocks: datasets.Dataset) -> Iterator[dict[str, Tensor]]:
