@@ -131,6 +131,7 @@ def model_card(
     name: str | None = None,
     license: str | None = None,
     command: str | None = None,
+    training: str | None = None,
     **facts: Any,
 ) -> ModelCard:
     """The card of a model that a plan describes: what it came from, what was kept, how to make it again.
@@ -140,6 +141,7 @@ def model_card(
         name: The model's.
         license: Its licence; that of the source.
         command: The command line that made it.
+        training: How it was trained since, in Markdown; None for a start that was not.
         facts: Further metadata, such as `language` or `license_link`.
     """
     plan = nameable(plan)
@@ -156,7 +158,9 @@ def model_card(
     if plan.revision and transferred:  # only a Hub id has a revision
         data.base_model = plan.source
         data["base_model_relation"] = "finetune"  # of the Hub's kinds the nearest to a model of another size
-    body = "\n\n".join(_sections(plan, name or f"{Path(plan.source).name}-{_short(after)}", command))
+    body = "\n\n".join(
+        _sections(plan, name or f"{Path(plan.source).name}-{_short(after)}", command, training)
+    )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
@@ -165,7 +169,7 @@ def nameable(plan: Plan) -> Plan:
     return plan if plan.revision else replace(plan, source=Path(plan.source).resolve().name)
 
 
-def _sections(plan: Plan, name: str, command: str | None) -> list[str]:
+def _sections(plan: Plan, name: str, command: str | None, training: str | None) -> list[str]:
     source = f"[{plan.source}](https://huggingface.co/{plan.source})" if plan.revision else f"`{plan.source}`"
     start = f"started from the weights of {source}"
     if plan.is_fresh("*"):
@@ -174,19 +178,21 @@ def _sections(plan: Plan, name: str, command: str | None) -> list[str]:
         f"from transformers import {plan.model_class}\n\n"
         f"model = {plan.model_class}.from_pretrained({name!r})  # this folder, or its Hub id"
     )
+    since = "It was trained on since." if training else "It is a start for training."
     replay = f"from hf_ws import Plan\n\nmodel = Plan.load({PLAN_FILE!r}).apply({plan.source!r})"
     return [
         f"# {name}",
-        f"A `{plan.model_class}` of {plan.parameters[1]:,} parameters, {start}. It is a start for training.",
+        f"A `{plan.model_class}` of {plan.parameters[1]:,} parameters, {start}. {since}",
         f"## Use\n\n```python\n{use}\n```",
+        *([training] if training else []),
         f"## Size\n\n```\n{plan}\n```",
         "## What was kept\n\n" + "\n".join(f"- {line}" for line in _kept(plan)),
-        "## How it was made",
+        "## How it was made" if training is None else "## How its start was made",
         *([f"```\n{command}\n```", "or from the plan in this folder:"] if command else []),
         f"```python\n{replay}\n```",
         f"With {_versions(plan)}.",
         *_cited(plan.method),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(plan)),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(plan, training is not None)),
     ]
 
 
@@ -207,10 +213,11 @@ def _kept(plan: Plan) -> list[str]:
     return lines
 
 
-def _limits(plan: Plan) -> list[str]:
-    lines = [
+def _limits(plan: Plan, trained: bool) -> list[str]:
+    untrained = (
         "Untrained at this size: what it says now is worse than what its source says. Train it before use."
-    ]
+    )
+    lines = [] if trained else [untrained]
     if not plan.is_fresh("*"):
         lines.append("It inherits its source's biases, gaps and terms of use.")
     if plan.target_sizes[VOCAB] < plan.source_sizes[VOCAB]:

@@ -84,7 +84,12 @@ def test_loss_falls_and_the_record_is_kept(tmp_path, tokenizer, blocks) -> None:
     assert {"step", "tokens", "loss", "learning_rate", "seconds"} <= rows[1].keys()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    assert sorted(path.name for path in run.iterdir()) == ["loss.png", "metrics.jsonl", "model", "run.json"]
+    left = ["loss.png", "metrics.jsonl", "model", "run.json", "train.md"]
+    assert sorted(path.name for path in run.iterdir()) == left
+    told = (run / "train.md").read_text()
+    assert f"| held-out loss, nats per token | {rows[0]['eval_loss']:.4g} | {last['eval_loss']:.4g} |" in told
+    assert "| seen | 2,560 tokens in 40 steps |" in told
+    assert "| teacher | no teacher |" in told
     assert not [path.name for path in history.model_folder.iterdir() if path.suffix == ".bin"]
     assert same(weights(history.model_folder), model.state_dict())
     assert json.loads((history.model_folder / "config.json").read_text())["use_cache"] is True

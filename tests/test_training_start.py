@@ -93,6 +93,13 @@ def test_one_command_goes_from_the_source_to_a_trained_student(source, tmp_path,
     assert (plan.source, plan.seed, plan.is_settled) == ("big", 3, True)
     assert PreTrainedTokenizerFast.from_pretrained(run / "model").eos_token == END
     assert '"kd_loss"' in (run / "metrics.jsonl").read_text()  # its source taught
+    told, card = ((run / name).read_text() for name in ("train.md", "model/README.md"))
+    assert told.strip() in card
+    assert "forward_kl 1.0" in told
+    assert "It was trained on since." in card
+    assert "Untrained" not in card
+    assert str(tmp_path) not in told + card
+    assert str(source.parent) not in told + card
 
 
 def test_the_source_teaches_if_nobody_else_does(source, caplog) -> None:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import DivergenceError
 from hf_ws.training import run_folder
 from hf_ws.training.job import Job
@@ -19,7 +20,7 @@ from hf_ws.training.job import Job
 class Recorder(TrainerCallback):
     """Keeps the rows, writes them as they come, marks checkpoints whole, and stops a run that diverges."""
 
-    KEYS = ("loss", "ce_loss", "kd_loss", "learning_rate", "grad_norm")
+    KEYS = ("loss", "ce_loss", "kd_loss", *LOSSES, *STATE_LOSSES, "learning_rate", "grad_norm")
     EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy")
 
     def __init__(self, job: Job, folder: Path | None, rows: list[dict[str, Any]]) -> None:

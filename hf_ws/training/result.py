@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_ws.distill.teacher import load_model
-from hf_ws.hub import PLAN_FILE, nameable
+from hf_ws.hub import CARD_FILE, PLAN_FILE, model_card, nameable
 from hf_ws.store import new_folder
-from hf_ws.training import adapters
-from hf_ws.training.run_folder import ADAPTER, MODEL, START
+from hf_ws.training import adapters, report
+from hf_ws.training.run_folder import ADAPTER, MODEL, START, SUMMARY
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -44,8 +44,9 @@ def keep_start(folder: Path, job: Job) -> None:
             _beside(staging, job)
 
 
-def save(trainer: Trainer, folder: Path, job: Job) -> Path:
+def save(trainer: Trainer, folder: Path, job: Job, rows: report.Rows) -> Path:
     """Write what was trained, whole or not at all. Every process takes part: its shards may be spread."""
+    told = report.summary(job, rows)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model = trainer.accelerator.unwrap_model(trainer.model)
     lora, writes = job.config.lora, trainer.is_world_process_zero()
@@ -54,14 +55,16 @@ def save(trainer: Trainer, folder: Path, job: Job) -> Path:
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # of a run that ended before it had merged
             with new_folder(folder / ADAPTER) as staging:
                 model.save_pretrained(staging, state_dict=weights)
-                _beside(staging, job)
+                _beside(staging, job, told)
         if lora.merge:
             model, weights = adapters.merged(model), None
     target = folder / (ADAPTER if lora and not lora.merge else MODEL)
     if writes and target.name == MODEL:
         with new_folder(target) as staging:
             model.save_pretrained(staging, state_dict=weights)
-            _beside(staging, job)
+            _beside(staging, job, told)
+    if writes:
+        (folder / SUMMARY).write_text(told, encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return target
 
@@ -77,10 +80,15 @@ def restore(result: Path, job: Job) -> None:
     job.model.eval()
 
 
-def _beside(staging: Path, job: Job) -> None:
-    """What belongs to the weights: the tokenizer, and the plan that their start was made by."""
+def _beside(staging: Path, job: Job, told: str | None = None) -> None:
+    """What belongs to the weights: the tokenizer, the plan that their start was made by, and a card that tells both."""
     tokenizer: Any = job.tokenizer
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
-    if job.plan is not None:
-        nameable(job.plan).save(staging / PLAN_FILE)
+    if job.plan is None:
+        return
+    nameable(job.plan).save(staging / PLAN_FILE)
+    if told is not None:
+        name = Path(str(job.config.output)).expanduser().resolve().name
+        card = str(model_card(job.plan, name=name, training=told))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")

@@ -3,6 +3,7 @@
     run.json          what the run was started with; a run is only continued with the same
     metrics.jsonl     one JSON object a line: step, tokens, loss, learning_rate, eval_loss, seconds, ...
     loss.png          the same as a picture
+    train.md          what was trained, on what, and what came of it; also in the card of the model
     checkpoint-N/     weights, optimizer, schedule, random state; and whole.json, written last
     model/            the trained model and its tokenizer, there only when training has ended
     adapter/          with `lora`: the trained adapters; model/ is there besides if they were to be merged
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 MARK = "run.json"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+SUMMARY = "train.md"
 MODEL, ADAPTER, START = "model", "adapter", "start"
 _MANIFEST = "whole.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -160,34 +162,6 @@ def write_metrics(folder: Path, rows: list[dict[str, Any]], *, append: bool) -> 
     ]
     with (folder / METRICS).open("a" if append else "w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
-
-
-def draw_losses(
-    folder: Path, rows: list[dict[str, Any]], unit: str = "tokens", predicts: str = "token"
-) -> None:
-    """Draw training and held-out loss, in nats per what is predicted, against units seen into `loss.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=f"training {unit}", ylabel=f"loss, nats per {predicts}")
-    styles = {
-        "loss": ("training", "C0", 1.0),
-        "ce_loss": ("cross-entropy", "C2", 1.0),
-        "kd_loss": ("KL", "C4", 1.0),
-    }
-    distils = any("kd_loss" in row for row in rows)
-    for key, (label, colour, width) in (styles if distils else {"loss": styles["loss"]}).items():
-        points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
-        axes.plot(*zip(*points, strict=True), color=colour, lw=width, label=label) if points else None
-    points = [(row["tokens"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), color="C1", lw=2, marker="o", ms=3, label="held out")
-    if axes.lines:
-        axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / PICTURE, dpi=120)
 
 
 def _sha256(path: Path) -> str:

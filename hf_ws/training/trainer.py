@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
 from hf_ws.errors import PlanError
-from hf_ws.training import adapters, layers, result, run_folder
+from hf_ws.training import adapters, layers, report, result, run_folder
 from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
@@ -154,7 +154,7 @@ def _train(job: Job, folder: Path | None) -> History:
         recorder = Recorder(job, folder, rows)
         trainer = _trainer(job, place, recorder, resumed=checkpoint is not None)
         _run(trainer, recorder, checkpoint)
-        saved = result.save(trainer, folder, job) if folder and job.config.save_model else None
+        saved = result.save(trainer, folder, job, recorder.rows) if folder and job.config.save_model else None
     return History(recorder.rows, job.tokens_per_step, saved)
 
 
@@ -357,4 +357,4 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         model.eval()
         if recorder.folder and trainer.is_world_process_zero():
             task = recorder.job.task
-            run_folder.draw_losses(recorder.folder, recorder.rows, task.unit, task.predicts)
+            report.draw(recorder.folder, recorder.rows, task.unit, task.predicts)
