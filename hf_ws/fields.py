@@ -59,6 +59,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "depth",
         "stage_num_blocks",
         "depths",
+        "block_sizes",
         "blocks_per_stage",
         "layers",
         "resampler_depth",
@@ -171,6 +172,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "index.head_dim": ("index_head_dim", "indexer_head_dim"),
     "decoder.positions": ("max_target_positions",),
     "stem.embedding": ("stem_channels",),
+    "axial.embedding": ("axial_pos_embds_dim",),
     "head.ffn": ("class_expand",),
     "latents.hidden": ("d_latents",),
     "latents.heads": ("num_self_attention_heads",),
@@ -185,7 +187,14 @@ _MASKED: dict[str, tuple[str, ...]] = {
     HIDDEN: ("hidden_dim", "feature_size", "mask_feature_size", "conv_dim", "mask_dim")
 }
 
-OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {"mask2former": _MASKED, "oneformer": _MASKED}
+OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mask2former": _MASKED,
+    "oneformer": _MASKED,
+    "mobilebert": {  # a layer works on a narrower copy of the stream
+        "bottleneck.hidden": ("intra_bottleneck_size",),
+        "bottleneck.heads": ("num_attention_heads",),
+    },
+}
 """Fields that mean another axis in some families than in the others."""
 
 
@@ -194,7 +203,7 @@ def fields_for(family: str) -> dict[str, tuple[str, ...]]:
     """How the config class of a family spells each axis."""
     own = OWN_FIELDS.get(family, {})
     taken = {name for names in own.values() for name in names}
-    return {axis: own.get(axis, tuple(n for n in names if n not in taken)) for axis, names in FIELDS.items()}
+    return {axis: tuple(n for n in names if n not in taken) for axis, names in FIELDS.items()} | own
 
 
 SIZE_FIELDS = frozenset(name for names in FIELDS.values() for name in names)
@@ -216,6 +225,7 @@ _TIME_SINES: dict[str, tuple[tuple[str, str], ...]] = {
     "seamless_m4t": (("linear_pos.weight", "<(waves 2)"),),
     "voxtral_realtime_text": (("ada_rms_norm.linear1.weight", "<(2 waves)"),),
     "xlnet": (("rel_attn.r", "(2 waves)"),),
+    "funnel": (("r_kernel", "(2 waves)"),),
 }
 
 _ANGLES = (("class_pos_emb", "<waves"),)
@@ -231,6 +241,8 @@ A wave's frequency goes by its number, so its order is no symmetry; a target wit
 STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
     "bit": {EMBEDDING: ("stem.unit",)},
     **dict.fromkeys(("d_fine", "deimv2"), {HIDDEN: ("decoder.heads", "decoder.head_dim")}),
+    "mobilebert": {HIDDEN: (EMBEDDING, "head.hidden")},  # the head reads the first as the table of tokens wrote them
+    "reformer": {HIDDEN: ("axial.embedding.0", "axial.embedding.1")},  # a position's row, and its column
 }
 """Streams whose channels are not free, as the axes that they consist of, where these do not go by the same name."""
 
@@ -253,6 +265,11 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     },
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},
+    "mobilebert": {"head.hidden": lambda config: config.hidden_size - config.embedding_size},
+    "squeezebert": {
+        UNIT: lambda config: config.hidden_size // config.q_groups,
+        HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads,
+    },
     "convbert": {HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads},
     "mimo_v2_flash": {f"{KV_HEADS}.1": lambda config: 2 * config.num_key_value_heads},  # of a window
     "zamba": {
@@ -306,6 +323,8 @@ MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
         (family, "ffn_dim"): lambda config: 2 for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
     },
     ("recurrent_gemma", "intermediate_size"): lambda config: 2,
+    ("squeezebert", "num_attention_heads"): lambda config: config.q_groups,  # each reads channels of its group
+    ("squeezebert", "intermediate_size"): lambda config: config.intermediate_groups,
     ("qwen4_exp_text", "ple_embed_dim"): lambda config: config.heads_per_ngram * (config.ngram_size - 1),
     ("zaya", "num_attention_heads"): lambda config: 2,  # half of the values are those of the token before
     ("zaya", "num_key_value_heads"): lambda config: 2,
@@ -318,5 +337,5 @@ HALVES = ("attn_config", "ffn_config")
 MIXERS = ("mamba", "linear", "index", "swa")
 """Scopes of what is in a layer beside its attention, or instead of it."""
 
-PARTS = ("encoder", "decoder", "cross_attn", *MIXERS)
+PARTS = ("encoder", "decoder", "cross_attn", "bottleneck", *MIXERS)
 """Scopes that are no sub-config: fields of one config say whose they are. They share what they do not have apart."""

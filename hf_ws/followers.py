@@ -57,6 +57,9 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ("blt", "encoder_config.hidden_size_global"): "global_config.hidden_size",
     ("blt", "decoder_config.hidden_size_global"): "global_config.hidden_size",
     ("xlstm", "embedding_dim"): "hidden_size",
+    ("reformer", "hidden_size"): lambda v: (
+        sum(v["axial_pos_embds_dim"]) if v["axial_pos_embds"] else v["hidden_size"]
+    ),
     ("xlstm", "num_blocks"): "num_hidden_layers",
     ("mimi", "upsample_groups"): "hidden_size",
     ("mimi_decoder", "upsample_groups"): "hidden_size",

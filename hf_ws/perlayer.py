@@ -96,8 +96,8 @@ TRAILING = {"num_kv_shared_layers", "num_timestamp_prediction_layers"}
 FROM_ONE = {"ple_layer_ids"}
 """Lists of layers' numbers that call the first layer 1 (Qwen4-Exp)."""
 
-ENCODERS = {"attention_window"}
-"""Lists with one entry per layer that are about the encoder's layers alone (LED)."""
+ENCODERS = {"attention_window", "block_sizes"}
+"""Lists with one entry per layer that are about the encoder's layers alone (LED), or its stages (Funnel)."""
 
 LEVELS = {"encode_proj_layers", "target_layer_ids"}
 """Fields that number levels of features, or layers of another model, whatever they are called."""

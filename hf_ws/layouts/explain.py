@@ -59,7 +59,12 @@ SUMS = (
 )
 """What is stored end to end in one tensor, in every stack that has these axes; products need no such list."""
 
-ACROSS = ("(hidden + shape.embedding + pronunciation.embedding)",)
+ACROSS = (
+    "(hidden + shape.embedding + pronunciation.embedding)",
+    "(embedding + head.hidden)",
+    "(axial.embedding.0 + axial.embedding.1)",
+    "(2 (axial.embedding.0 + axial.embedding.1))",
+)
 """The same with axes of several stacks, each by its full name."""
 
 MORE = 50

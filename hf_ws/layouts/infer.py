@@ -29,6 +29,7 @@ from hf_ws.axes import (
     KV_HEADS,
     LAYERS,
     MOE_FFN,
+    VOCAB,
     kind_of,
     parse,
     split_key,
@@ -41,8 +42,8 @@ from hf_ws.layouts.stacks import Stacks, generic, kinds_of, stack_of
 from hf_ws.sizes import field_of, layer_axes, regrouped, resize, sizes_of
 
 _OUTPUT = re.compile(
-    r"o_proj|out_proj|out_\w+_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|projection|"
-    r"output_proj|projection_layer"
+    r"o_proj|out_proj|out_\w+_proj|c_proj|dense|out_lin|linear_out|o|wo|proj|to_out|output|out|post|post_proj|"
+    r"post_attention|projection|output_proj|projection_layer"
 )
 _TABLE = re.compile(r"token|quer(y|ies)$|latents?$|probe|embed|position|bias|table|scale$|static")
 
@@ -280,6 +281,8 @@ def _choice(
         if not found:
             return at
         dims.append(found)
+    if reads == (1,) and kind_of(dims[1][0]) == VOCAB:  # a table of tokens, or a head's other part (MobileBERT)
+        reads = (1, 0)
     return Choice(tuple(dims), reads)
 
 
@@ -315,7 +318,7 @@ def _reading(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int | 
     """The dimension that may be contracted with the activation; None for what only writes (tables, norms, biases)."""
     if tensor.ndim < 2 or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower():
         return (None,)
-    if isinstance(module, nn.Linear):
+    if _is_linear(module):
         return (1,)
     if isinstance(module, Conv1D | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return (0,)
@@ -327,6 +330,11 @@ def _reading(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int | 
     ):  # a token, or a table of them, that is added
         return (None, last, before)
     return (last, None, before)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module maps so many features to others, be it of the class's own making (I-BERT's quantized ones)."""
+    return isinstance(module, nn.Linear) or {"in_features", "out_features"} <= vars(module).keys()
 
 
 def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bool:
@@ -347,8 +355,8 @@ def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bo
     if any(isinstance(part, nn.MultiheadAttention) for part in whole.children()):  # which has the heads
         return False
     leaf = next(
-        part for part in reversed(path[:-1]) if not part.isdigit() and part != "linear"
-    )  # what that clips
+        part for part in reversed(path[:-1]) if not part.isdigit() and part not in ("linear", "conv1d")
+    )  # what that clips, or has as one of its parts
     if "mlp" in path:  # Perceiver's is a part of what it calls an attention
         return False
     if leaf in (
@@ -361,7 +369,7 @@ def _is_inner(module: nn.Module, whole: nn.Module, name: str, reads: bool) -> bo
         isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
     ):  # of the picture, before any head
         return False
-    if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d):
+    if _is_linear(module) or isinstance(module, Conv1D | nn.Conv1d | nn.Conv2d):
         return reads == bool(_OUTPUT.fullmatch(leaf.lower()))
     # A norm over all heads is named after what it norms; any other norm in an attention is on the stream.
     return leaf.startswith(("q_", "k_", "v_", "query", "key", "inner"))

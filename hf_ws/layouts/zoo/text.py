@@ -112,7 +112,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": Open(["conv", "full_attention"] * 16)},
     "longformer": {"attention_window": 4},
     "reformer": {
-        "hidden_size": Each(135, 147),
         "axial_pos_embds_dim": Each((50, 85), (60, 87)),
         "axial_pos_shape": (8, 9),
         "max_position_embeddings": 72,
@@ -121,7 +120,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_attention_heads": Each(12, 8),
         "num_key_value_heads": Each(3, 2),
     },  # windows: twice
-    "mobilebert": {"intra_bottleneck_size": Each(90, 132)},  # a multiple of its heads
+    "squeezebert": {
+        "hidden_size": Each(240, 288),
+        "embedding_size": Each(240, 288),
+        "num_attention_heads": Each(20, 12),  # as many in each group
+    },
     "xmod": {"default_language": Open("en_XX")},
 }
 
