@@ -34,7 +34,7 @@ from hf_ws.axes import (
     VOCAB,
     WAVES,
 )
-from hf_ws.widths import BOX_SINES, WIDTHS
+from hf_ws.widths import BOX_SINES, WIDTHS, listed
 
 FIELDS: dict[str, tuple[str, ...]] = {
     HIDDEN: (
@@ -172,7 +172,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "index.head_dim": ("index_head_dim", "indexer_head_dim"),
     "decoder.positions": ("max_target_positions",),
     "stem.embedding": ("stem_channels",),
-    "axial.embedding": ("axial_pos_embds_dim",),
     "head.ffn": ("class_expand",),
     "latents.hidden": ("d_latents",),
     "latents.heads": ("num_self_attention_heads",),
@@ -226,6 +225,7 @@ _TIME_SINES: dict[str, tuple[tuple[str, str], ...]] = {
     "voxtral_realtime_text": (("ada_rms_norm.linear1.weight", "<(2 waves)"),),
     "xlnet": (("rel_attn.r", "(2 waves)"),),
     "funnel": (("r_kernel", "(2 waves)"),),
+    "bros": (("bbox_projection.weight", "<(16 waves)"), ("inv_freq", "waves")),  # of eight numbers
 }
 
 _ANGLES = (("class_pos_emb", "<waves"),)
@@ -241,8 +241,11 @@ A wave's frequency goes by its number, so its order is no symmetry; a target wit
 STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
     "bit": {EMBEDDING: ("stem.unit",)},
     **dict.fromkeys(("d_fine", "deimv2"), {HIDDEN: ("decoder.heads", "decoder.head_dim")}),
-    "mobilebert": {HIDDEN: (EMBEDDING, "head.hidden")},  # the head reads the first as the table of tokens wrote them
+    "mobilebert": {
+        HIDDEN: (EMBEDDING, "head.hidden")
+    },  # the head reads the first as the table of tokens wrote them
     "reformer": {HIDDEN: ("axial.embedding.0", "axial.embedding.1")},  # a position's row, and its column
+    "layoutlmv3": {HIDDEN: ("coordinate.embedding", "shape.embedding")},
 }
 """Streams whose channels are not free, as the axes that they consist of, where these do not go by the same name."""
 
@@ -266,6 +269,21 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},
     "mobilebert": {"head.hidden": lambda config: config.hidden_size - config.embedding_size},
+    "reformer": listed("axial.embedding", lambda config: config.axial_pos_embds_dim),
+    "layoutlmv3": {
+        "coordinate.embedding": lambda config: config.coordinate_size,
+        "shape.embedding": lambda config: config.shape_size,
+    },
+    "lilt": {  # a narrower stream for boxes, whose heads are as many
+        "layout.hidden": lambda config: config.hidden_size // config.channel_shrink_ratio,
+        "layout.head_dim": lambda c: c.hidden_size // c.num_attention_heads // c.channel_shrink_ratio,
+        "layout.ffn": lambda config: config.intermediate_size // config.channel_shrink_ratio,
+        "layout.embedding": lambda config: config.hidden_size // 6,
+    },
+    "canine": {
+        UNIT: lambda config: config.hidden_size // config.num_hash_functions
+    },  # a table for each function
+    "bros": {WAVES: lambda config: config.dim_bbox_sinusoid_emb_1d // 2},
     "squeezebert": {
         UNIT: lambda config: config.hidden_size // config.q_groups,
         HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads,
@@ -323,7 +341,9 @@ MULTIPLES: dict[tuple[str, str], Callable[[Config], int]] = {
         (family, "ffn_dim"): lambda config: 2 for family in ("kyutai_speech_to_text", "moshi", "moshi_depth")
     },
     ("recurrent_gemma", "intermediate_size"): lambda config: 2,
-    ("squeezebert", "num_attention_heads"): lambda config: config.q_groups,  # each reads channels of its group
+    ("squeezebert", "num_attention_heads"): lambda config: (
+        config.q_groups
+    ),  # each reads channels of its group
     ("squeezebert", "intermediate_size"): lambda config: config.intermediate_groups,
     ("qwen4_exp_text", "ple_embed_dim"): lambda config: config.heads_per_ngram * (config.ngram_size - 1),
     ("zaya", "num_attention_heads"): lambda config: 2,  # half of the values are those of the token before
@@ -337,5 +357,5 @@ HALVES = ("attn_config", "ffn_config")
 MIXERS = ("mamba", "linear", "index", "swa")
 """Scopes of what is in a layer beside its attention, or instead of it."""
 
-PARTS = ("encoder", "decoder", "cross_attn", "bottleneck", *MIXERS)
+PARTS = ("encoder", "decoder", "cross_attn", "bottleneck", "layout", *MIXERS)
 """Scopes that are no sub-config: fields of one config say whose they are. They share what they do not have apart."""

@@ -21,6 +21,20 @@ def _joined(v: dict[str, Any]) -> list[int]:
     return [*towers["sam_config"]["downsample_channels"][:-1], towers["encoder_config"]["hidden_size"]]
 
 
+def _axial(widths: list[int], hidden: int) -> list[int]:
+    """How wide the rows' part of a position is, and the columns': together as wide as the stream."""
+    if sum(widths) == hidden:
+        return widths
+    shares = [max(1, hidden * width // sum(widths)) for width in widths]
+    return [*shares[:-1], hidden - sum(shares[:-1])]
+
+
+def _coordinate(v: dict[str, Any]) -> int:
+    """How wide each of a box's four edges is: with height and width they are the stream."""
+    edge: int = v["coordinate_size"]
+    return round(v["hidden_size"] * edge / (4 * edge + 2 * v["shape_size"]))
+
+
 _DETECTOR = ("geometry_encoder", "detr_encoder", "detr_decoder")
 
 FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] = {
@@ -57,9 +71,9 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ("blt", "encoder_config.hidden_size_global"): "global_config.hidden_size",
     ("blt", "decoder_config.hidden_size_global"): "global_config.hidden_size",
     ("xlstm", "embedding_dim"): "hidden_size",
-    ("reformer", "hidden_size"): lambda v: (
-        sum(v["axial_pos_embds_dim"]) if v["axial_pos_embds"] else v["hidden_size"]
-    ),
+    ("reformer", "axial_pos_embds_dim"): lambda v: _axial(v["axial_pos_embds_dim"], v["hidden_size"]),
+    ("layoutlmv3", "coordinate_size"): lambda v: _coordinate(v),
+    ("layoutlmv3", "shape_size"): lambda v: v["hidden_size"] // 2 - 2 * v["coordinate_size"],
     ("xlstm", "num_blocks"): "num_hidden_layers",
     ("mimi", "upsample_groups"): "hidden_size",
     ("mimi_decoder", "upsample_groups"): "hidden_size",

@@ -298,8 +298,9 @@ def resize(
         fields: Other fields, in the class's own spelling; `vision_config.patch_size` is one of a sub-config.
     """
     values = config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):
-        values.pop(name, None)
+    values.pop(
+        "_name_or_path", None
+    )  # the version stays: without, Inkling 2 takes a config for a quantized one's
     known, found = sizes_of(config), places(config)
     for axis, size in sizes.items():
         for place in found.get(axis, ()):

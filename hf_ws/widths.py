@@ -37,7 +37,7 @@ def _of_stages(size: Callable[[Config, int], int], kind: str = FFN) -> dict[str,
     return {f"{kind}.{stage}": derived(stage) for stage in range(6)}
 
 
-def _listed(kind: str, sizes: Callable[[Config], Sequence[int]]) -> dict[str, Callable[[Config], Any]]:
+def listed(kind: str, sizes: Callable[[Config], Sequence[int]]) -> dict[str, Callable[[Config], Any]]:
     """So many sizes of a kind, by their numbers."""
 
     def derived(at: int) -> Callable[[Config], int | None]:
@@ -156,7 +156,7 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
         "stem.unit": lambda config: config.embedding_size // config.num_groups,
     },
     "hgnet_v2": {
-        **_listed("squeeze.ffn", lambda config: [width // 2 for width in config.stage_out_channels]),
+        **listed("squeeze.ffn", lambda config: [width // 2 for width in config.stage_out_channels]),
         "stem.ffn": lambda config: config.stem_channels[1] // 2,
     },
     "mgp-str": {UNIT: lambda config: config.hidden_size // 8},  # a convolution in eight groups
@@ -185,31 +185,31 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
         family: {"csp.ffn": lambda config: round(config.encoder_hidden_dim * config.hidden_expansion // 2)}
         for family in ("d_fine", "deimv2")
     },
-    "mobilenet_v1": _listed(HIDDEN, _mobilenet_v1),
+    "mobilenet_v1": listed(HIDDEN, _mobilenet_v1),
     "mobilenet_v2": {
-        **_listed(HIDDEN, _mobilenet_v2),
-        **_listed(FFN, _mobilenet_v2_expanded),
+        **listed(HIDDEN, _mobilenet_v2),
+        **listed(FFN, _mobilenet_v2_expanded),
         "stem.hidden": lambda config: rule("mobilenet_v2", "apply_depth_multiplier")(config, 32),
         "head.hidden": _mobilenet_v2_head,
     },
     "mobilevitv2": {
-        **_listed(HIDDEN, _mobilevitv2),
-        **_listed(FFN, lambda config: _doubled(config, _mobilevitv2(config))),
-        **_listed("transformer.hidden", _mobilevitv2_units),
-        **_listed(
+        **listed(HIDDEN, _mobilevitv2),
+        **listed(FFN, lambda config: _doubled(config, _mobilevitv2(config))),
+        **listed("transformer.hidden", _mobilevitv2_units),
+        **listed(
             "transformer.ffn",
             lambda config: [int(w * config.ffn_multiplier // 16 * 16) for w in _mobilevitv2_units(config)],
         ),
     },
     "pp_lcnet": {
         "stem.embedding": lambda config: None,  # the first of the widths, but for the scale
-        **_listed(HIDDEN, _lcnet),
-        **_listed(FFN, lambda config: [width // config.reduction for width in _lcnet(config)]),
+        **listed(HIDDEN, _lcnet),
+        **listed(FFN, lambda config: [width // config.reduction for width in _lcnet(config)]),
     },
     "efficientnet": {
-        **_listed(HIDDEN, _efficientnet),
-        **_listed(FFN, _efficientnet_expanded),
-        **_listed("squeeze.ffn", _efficientnet_squeezed),
+        **listed(HIDDEN, _efficientnet),
+        **listed(FFN, _efficientnet_expanded),
+        **listed("squeeze.ffn", _efficientnet_squeezed),
         "embeddings.hidden": lambda config: rule("efficientnet", "round_filters")(
             config, config.in_channels[0]
         ),

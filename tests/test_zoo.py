@@ -40,6 +40,11 @@ POLICIES = ("middle_dropped", "first")
 
 SPECIAL: Mapping[str, Mapping[str, float]] = {
     "xlstm": {"hidden": 128, "heads": 8},  # widths inside its heads are rounded up to multiples of 64
+    "bros": {
+        "hidden": 64,
+        "heads": 4,
+    },  # of sixty-fourths: sines and cosines of eight numbers, in a quarter of it
+    "lilt": {"hidden": 144, "heads": 9},  # whole sixths, and whole quarters
     "cvt": {"layers.1": 2, "layers.2": 3},  # the class counts stages where it means layers
     "regnet": {"hidden.0": 24, "hidden.1": 42, "hidden.2": 48, "hidden.3": 66},  # whole groups
     "efficientnet": {"width_coefficient": 0.35},

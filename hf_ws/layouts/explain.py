@@ -36,7 +36,7 @@ from hf_ws.axes import (
     parse,
     sibling,
 )
-from hf_ws.fields import DERIVED, HEADED, SINES, STREAMS
+from hf_ws.fields import DERIVED, HEADED, MIXERS, SINES, STREAMS
 from hf_ws.sizes import field_of, near, nodes, scope_of, sizes_of
 
 SUMS = (
@@ -62,6 +62,7 @@ SUMS = (
 ACROSS = (
     "(hidden + shape.embedding + pronunciation.embedding)",
     "(embedding + head.hidden)",
+    "(4 coordinate.embedding + 2 shape.embedding)",
     "(axial.embedding.0 + axial.embedding.1)",
     "(2 (axial.embedding.0 + axial.embedding.1))",
 )
@@ -90,6 +91,9 @@ class Explain:
         self._terms: list[tuple[str, int, int]] = []
         """Factors side by side, as in a parenthesis, with their length in each miniature."""
         self._sums: list[tuple[str, int, int]] = []
+        self._whole = {text: parse(text)[0].axes for text in joined(small).values()}
+        """The streams that consist of several axes end to end, and these axes."""
+        self._mixers = {scope for axis in sizes if (scope := axis.partition(".")[0]) in MIXERS}
         for axis in sizes:
             if kind_of(axis) not in (LAYERS, WAVES) and axis in others:
                 self._terms.append((axis, sizes[axis], others[axis]))
@@ -112,6 +116,12 @@ class Explain:
                     self._terms.append(
                         (f"{own} {head_dim}", sizes[own] * sizes[head_dim], others[own] * others[head_dim])
                     )
+            for inner in (axis for axis in sizes if kind_of(axis) == HEAD_DIM and axis in others):
+                if (
+                    sibling(inner, HEADS) not in sizes and near(inner, HEADS, sizes) == heads
+                ):  # as many, but narrower
+                    text = f"{heads} {inner}"
+                    self._terms.append((text, sizes[heads] * sizes[inner], others[heads] * others[inner]))
             for own, inner in product(
                 _of_layers(heads, (HEADS, KV_HEADS), sizes), _of_layers(heads, (HEAD_DIM, V_DIM), sizes)
             ):
@@ -168,7 +178,9 @@ class Explain:
                     found[spelled] = self._rank(text, number, spelled != likely, inner, name)
         for spelled, here, there in self._sums:
             if (size, other) == (here, there):
-                found.setdefault(spelled, (2, *self._rank(spelled, 1, False, inner, name)[1:]))
+                whole = parse(spelled)[0].axes in self._whole.values()
+                rank = self._rank(HIDDEN if whole else spelled, 1, False, inner, name)
+                found.setdefault(spelled, rank if whole else (2, *rank[1:]))
         for axis, here, there in self._terms:
             if kind_of(axis) == POSITIONS and 0 < size - here == other - there <= 8:
                 found.setdefault(f"({size - here} + {axis})", (0, 3, 0, 0))
@@ -216,6 +228,7 @@ class Explain:
         stack = text.partition(" ")[0].rpartition(kind_of(text.partition(" ")[0]))[0].rstrip(".")
         words = [word for word in re.split(r"[._]", stack) if word not in ("config", "")]
         elsewhere = bool(words) and not any(word in name for word in words)
+        elsewhere |= pair and not words and not self._mixers.isdisjoint(name.split("."))
         unlikely = int(pair != inner and (pair or kind_of(text) in (HIDDEN, UNIT)))
         unlikely += int(kind_of(text) == HIDDEN and number > 1)
         unlikely += int(
@@ -228,6 +241,12 @@ class Explain:
         off = int(stage.isdigit() and stage not in name.split("."))
         named = inner and bool(words) and not elsewhere  # heads are those of the stack that the name tells
         return (unlikely, int(elsewhere), int(odd_order), int(not named), number, int(pair != inner), off)
+
+
+def joined(config: PreTrainedConfig) -> dict[str, str]:
+    """The streams that consist of several axes end to end, as they are spelled."""
+    spelled = {parse(text)[0].axes: text for text in reversed(ACROSS)}
+    return {hidden: spelled[parts] for hidden, parts in streams(config).items() if parts in spelled}
 
 
 def _sines(config: PreTrainedConfig) -> Iterator[tuple[int, str, str, bool]]:

@@ -281,7 +281,9 @@ def _choice(
         if not found:
             return at
         dims.append(found)
-    if reads == (1,) and kind_of(dims[1][0]) == VOCAB:  # a table of tokens, or a head's other part (MobileBERT)
+    if (
+        reads == (1,) and kind_of(dims[1][0]) == VOCAB
+    ):  # a table of tokens, or a head's other part (MobileBERT)
         reads = (1, 0)
     return Choice(tuple(dims), reads)
 

@@ -7,12 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from hf_ws.axes import (
     HIDDEN,
     VOCAB,
     kind_of,
+    parse,
+    positions,
 )
+from hf_ws.layouts.explain import joined
+from hf_ws.sizes import sizes_of
 
 Maps = Mapping[str, np.ndarray]
 """The source index of each target index, by axis."""
@@ -33,6 +38,16 @@ def renumbered(given: Mapping[str, Tensor], maps: Maps, sizes: Mapping[str, int]
         elif (axis := _vocabulary(name, about, tables)) in maps and int(tensor.max()) < sizes[axis]:
             made[name] = torch.from_numpy(np.argsort(maps[axis]))[tensor]
     return made
+
+
+def seen(maps: Maps, config: PreTrainedConfig, target: Mapping[str, int]) -> Maps:
+    """The maps as inputs and outputs have them: with those of streams that consist of several mapped axes."""
+    found = dict(maps)
+    for hidden, text in joined(config).items():
+        dim = parse(text)[0]
+        if not maps.keys().isdisjoint(dim.axes):
+            found[hidden] = positions(dim, sizes_of(config), target, maps)
+    return found
 
 
 def _states(tensor: Tensor, maps: Maps, sizes: Mapping[str, int]) -> Tensor:

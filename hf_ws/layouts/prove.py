@@ -16,6 +16,7 @@ target keeps the first, and the proof is that it then gives the same on inputs t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -42,6 +43,7 @@ from hf_ws.axes import (
     UNIT,
     VOCAB,
     WAVES,
+    Dim,
     coordinates,
     kind_of,
     parse,
@@ -52,7 +54,7 @@ from hf_ws.layouts import ordered, run
 from hf_ws.layouts.explain import streams
 from hf_ws.layouts.infer import Inferred, tensors_of
 from hf_ws.layouts.miniature import RESERVED, inputs
-from hf_ws.layouts.outputs import Maps, distance, renumbered
+from hf_ws.layouts.outputs import Maps, distance, renumbered, seen
 from hf_ws.layouts.search import alternatives
 from hf_ws.layouts.select import select
 from hf_ws.layouts.stacks import generic
@@ -134,12 +136,17 @@ class _Bench:
         """How far the output moves when these axes are permuted; infinity where the shapes do not even fit."""
         try:
             run.load(self.model, self.transferred(layouts, self.sizes, maps))
-            return distance(run.run(self.model, renumbered(self.inputs, maps, self.sizes)), self.output, maps)
+            along = seen(maps, self.inferred.miniature, self.sizes)
+            given = renumbered(self.inputs, along, self.sizes)
+            return distance(run.run(self.model, given), self.output, along)
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return float("inf")
 
     def unread(self) -> tuple[str, ...]:
-        """Tensors that have no influence on the output."""
+        """Tensors that have no influence on the output: no gradient, and none when they change either.
+
+        A class may take gradients of a part of itself for not wanted (LayoutLMv3), or in training alone (Reformer).
+        """
         run.load(self.model, self.state)
         with torch.enable_grad():
             for parameter in self.model.parameters():
@@ -149,26 +156,19 @@ class _Bench:
             total = sum(
                 (value * torch.randn_like(value)).sum() for value in given.values() if value.requires_grad
             )
-            try:
+            with contextlib.suppress(AssertionError):
                 if isinstance(total, Tensor):
                     total.backward()
-            except AssertionError:  # Reformer runs backwards in training alone
-                return self._unmoving(given)
         dead = [
             n for n, p in self.model.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)
         ]
+        dead = [name for name in dead if not self._moves(name)]
         return tuple(dict.fromkeys(generic(name, self.inferred.stacks)[0] for name in dead))
 
-
-    def _unmoving(self, given: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """The same by changing one tensor after the other."""
-        dead = []
-        for name, tensor in self.state.items():
-            run.load(self.model, {**self.state, name: tensor * 1.5})
-            torch.manual_seed(1)
-            if distance(run.run(self.model, self.inputs), given, {}) == 0:
-                dead.append(generic(name, self.inferred.stacks)[0])
-        return tuple(dict.fromkeys(dead))
+    def _moves(self, name: str) -> bool:
+        """Whether changing this tensor moves the output."""
+        run.load(self.model, {**self.state, name: self.state[name] * 1.5})
+        return distance(run.run(self.model, self.inputs), self.output, {}) > 0
 
 
 def permutations(
@@ -357,16 +357,27 @@ class _Double:
                         between = torch.from_numpy(coordinates(dim, self._sizes)[axis]) % 2 == 1
                         share = torch.where(between, 0.0, 2.0 if dim.reads else 1.0)
                         tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
-                    elif axis := next((axis for axis in dim.axes if dim.reads and axis in maps), None):
-                        second = torch.from_numpy(coordinates(dim, self._sizes)[axis]) >= bench.sizes[axis]
-                        share = torch.where(second, 4 / 3, 2 / 3)  # `select` halved both
+                    elif dim.reads and not maps.keys().isdisjoint(dim.axes):
+                        share = self._shares(dim)
                         tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
                 doubled[name] = tensor
             run.load(self._model, doubled)
-            given = renumbered(bench.inputs, maps, bench.sizes)
-            return distance(run.run(self._model, given), bench.output, maps)
+            along = seen(maps, bench.inferred.miniature, self._sizes)
+            given = renumbered(bench.inputs, along, bench.sizes)
+            return distance(run.run(self._model, given), bench.output, along)
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return float("inf")
+
+    def _shares(self, dim: Dim) -> Tensor:
+        """What `select` made of each position is multiplied by: it halved both copies."""
+        where = coordinates(dim, self._sizes)
+        share = np.ones(len(where[""]))
+        for axis in (
+            axis for axis in reversed(dim.axes) if axis in self._maps
+        ):  # of a product, the first counts
+            second = where[axis] >= self._bench.sizes[axis]
+            share = np.where(where[axis] < 0, share, np.where(second, 4 / 3, 2 / 3))
+        return torch.from_numpy(share)
 
 
 def _same_constants(source: torch.nn.Module, target: torch.nn.Module) -> None:

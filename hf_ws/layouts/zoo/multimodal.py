@@ -133,7 +133,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "inkling_vision": {"patch_size": 8},
     "instructblipvideo": {"num_query_tokens": 4, "video_token_id": 5},
     "kosmos-2": {"latent_query_num": 4},
-    "layoutlmv3": {"coordinate_size": Each(40, 28), "shape_size": Each(40, 28), "input_size": 64},
+    "layoutlmv3": {"coordinate_size": Each(36, 30), "shape_size": Each(48, 24), "input_size": 64},
     "llama4_vision_model": {
         "projector_input_dim": 52,
         "projector_output_dim": 52,

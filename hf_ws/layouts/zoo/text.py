@@ -112,6 +112,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": Open(["conv", "full_attention"] * 16)},
     "longformer": {"attention_window": 4},
     "reformer": {
+        "hidden_size": Each(135, 147),
         "axial_pos_embds_dim": Each((50, 85), (60, 87)),
         "axial_pos_shape": (8, 9),
         "max_position_embeddings": 72,
