@@ -53,7 +53,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "kyutai_speech_to_text": {"num_codebooks": 3},
     "musicgen_decoder": {"num_codebooks": 3},
     "musicgen_melody_decoder": {"num_codebooks": 3},
-    "zamba": {"n_mamba_heads": 2},
+    "zamba": {
+        "n_mamba_heads": Each(8, 4),
+        "hidden_size": Each(120, 240),
+    },  # heads not as wide as hidden by chance
     "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are convolutions
     "switch_transformers": {  # every second layer is sparse
         "num_layers": 4,
