@@ -232,7 +232,7 @@ class Explain:
         unlikely = int(pair != inner and (pair or kind_of(text) in (HIDDEN, UNIT)))
         unlikely += int(kind_of(text) == HIDDEN and number > 1)
         unlikely += int(
-            pair and not inner and ATTENTION.search(name) is not None
+            pair and not inner and (ATTENTION.search(name) is not None or "layernorm" in name)
         )  # rather two streams, end to end
         unlikely += 2 * int(not pair and kind_of(text) in (HEADS, KV_HEADS, HEAD_DIM, EXPERTS) and number > 1)
         unlikely += 2 * int(kind_of(text) == V_DIM and not inner and number > 1)
