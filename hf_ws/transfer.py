@@ -190,6 +190,11 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: 
 
     What is fresh is drawn on the CPU, so that every device gets the same numbers.
     """
+    for name, leader in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if (
+            name in tensors
+        ):  # the first of a tied tensor's names need not be the one that the others follow (CSM)
+            tensors.setdefault(leader, tensors[name])
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()  # now, lest the other names of a tied tensor be allocated
     for parameter in model.parameters():
