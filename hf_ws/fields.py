@@ -193,6 +193,7 @@ OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
         "bottleneck.hidden": ("intra_bottleneck_size",),
         "bottleneck.heads": ("num_attention_heads",),
     },
+    "levit": {HEAD_DIM: ("key_dim",), LAYERS: ()},  # a list of attentions, MLPs and what halves: none is a layer
 }
 """Fields that mean another axis in some families than in the others."""
 

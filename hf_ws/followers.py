@@ -37,6 +37,12 @@ def _coordinate(v: dict[str, Any]) -> int:
 
 _DETECTOR = ("geometry_encoder", "detr_encoder", "detr_decoder")
 
+def _halving(v: dict[str, Any]) -> list[list[Any]]:
+    """What stands between LeViT's stages: attention with so many heads of such a width."""
+    (width, *_), own = v["key_dim"], v["hidden_sizes"][:-1]
+    return [["Subsample", width, hidden // width, 4, 2, 2] for hidden in own]
+
+
 FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] = {
     **{
         (family, "vision_config.sam_config.downsample_channels"): Whole(_joined)
@@ -214,6 +220,7 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ),
     ("hgnet_v2", "stage_in_channels"): lambda v: [v["stem_channels"][-1], *v["stage_out_channels"][:-1]],
     ("pp_doclayout_v3", "x4_feat_dim"): lambda v: v["backbone_config"]["stage_out_channels"][0],
+    ("levit", "down_ops"): _halving,
     ("textnet", "stem_out_channels"): lambda v: v["hidden_sizes"][0],
     ("sam2_hiera_det_model", "hidden_size"): lambda v: v["embed_dim_per_stage"][0],
     ("sam2_hiera_det_model", "num_attention_heads"): lambda v: v["num_attention_heads_per_stage"][0],

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig as Config
 
-from hf_ws.axes import FFN, GROUPS, HEAD_DIM, HIDDEN, UNIT, WAVES
+from hf_ws.axes import FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, UNIT, V_DIM, WAVES
 
 _COORDINATES = (
     ("ref_point_head.layers.0.weight", "<(4 waves 2)"),
@@ -154,6 +154,15 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
             "middle.unit",
         ),
         "stem.unit": lambda config: config.embedding_size // config.num_groups,
+    },
+    "levit": {
+        **_listed(FFN, lambda c: [width * ratio for width, ratio in zip(c.hidden_sizes, c.mlp_ratio, strict=True)]),
+        **_listed(V_DIM, lambda c: [k * ratio for k, ratio in zip(c.key_dim, c.attention_ratio, strict=True)]),
+        **_listed("stem.ffn", lambda c: [c.hidden_sizes[0] // part for part in (8, 4, 2)]),
+        # what halves the picture between two stages
+        **_listed(f"down.{HEADS}", lambda c: [width // c.key_dim[0] for width in c.hidden_sizes[:-1]]),
+        **_listed(f"down.{HEAD_DIM}", lambda c: c.key_dim[:1] * (len(c.hidden_sizes) - 1)),
+        **_listed(f"down.{V_DIM}", lambda c: [4 * c.key_dim[0]] * (len(c.hidden_sizes) - 1)),
     },
     "hgnet_v2": {
         **listed("squeeze.ffn", lambda config: [width // 2 for width in config.stage_out_channels]),

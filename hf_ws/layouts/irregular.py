@@ -28,7 +28,7 @@ class Row:
     module: str
     """End of the module's name."""
     writes: str
-    """The dimension that the module writes, in the layout language."""
+    """The dimension that the module writes, in the layout language; `*` is the first number in the module's name."""
     why: str
     when: Callable[[PreTrainedConfig], bool] = lambda config: True
 
@@ -94,6 +94,19 @@ IRREGULAR = (
         writes="(2 encoder_config.hidden)",
         why="several places of the stream for each patch, end to end",
     ),
+    *(
+        Row(
+            model_type="levit",
+            module=f"{module}.{part}",
+            writes=f"({scope}heads.* ({keys} + {scope}v_dim.*))",
+            why="split inside each head, of which the values are several times as wide as the keys",
+        )
+        for module, scope, keys in (
+            ("queries_keys_values", "", "head_dim.* + head_dim.*"),
+            ("keys_values", "down.", "down.head_dim.*"),
+        )
+        for part in ("linear", "batch_norm")
+    ),
 )
 
 HEAD_BIASES: Mapping[str, str] = {
@@ -126,9 +139,10 @@ def _slope_exponents(heads: int) -> list[float]:
 def row_for(config: PreTrainedConfig, module: str) -> Row | None:
     """The row for this module of this model, if it is irregular; its axes are those of the part that it is about."""
     for (path, node), row in product(nodes(config), IRREGULAR):
-        if row.model_type == node.model_type and module.split(".")[-1] == row.module and row.when(node):
-            scope = scope_of(config, path)
-            return replace(row, writes=re.sub(r"(?=\b[a-z_.]+)", scope, row.writes))
+        if row.model_type == node.model_type and f".{module}".endswith(f".{row.module}") and row.when(node):
+            scope, number = scope_of(config, path), re.search(r"\d+", module)
+            writes = row.writes.replace("*", number.group() if number else "")
+            return replace(row, writes=re.sub(r"(?<![\w.])(?=[a-z_])", scope, writes))
     return None
 
 

@@ -177,9 +177,9 @@ def _token_ids(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory: shapes and names only."""
+    """The model without memory: shapes and names only. What a class writes into its config (LeViT) stays there."""
     with torch.device("meta"):
-        return model_class(config)
+        return model_class(deepcopy(config))
 
 
 def apart(model: PreTrainedModel) -> PreTrainedModel:

@@ -131,6 +131,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "expand_ratio": 3.0,
     },
     "hgnet_v2": {"stem_channels": Each([3, 20, 28], [3, 36, 52])},
+    "levit": {
+        "depths": [2, 2, 2],
+        # not what the heads are wide that halve the picture, which are as many as fit
+        "hidden_sizes": Each([128, 200, 165], [176, 312, 171]),
+        "key_dim": Each([24, 16, 32], [28, 16, 40]),
+    },
     "sam2_hiera_det_model": {"global_attention_blocks": [3, 5]},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     **dict.fromkeys(
