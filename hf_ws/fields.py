@@ -49,6 +49,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "stage_out_channels",
         "embed_dim_per_stage",
         "descriptor_dim",
+        "pooler_output_size",
     ),
     LAYERS: (
         "num_layers_per_stack",
@@ -163,6 +164,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "language.layers": ("l_layers",),
     "vision.layers": ("r_layers",),
     "cross.layers": ("x_layers",),
+    "spatial.layers": ("num_spatial_layers",),
+    "temporal.layers": ("num_temporal_layers",),
+    "auxiliary.layers": ("num_auxiliary_layers",),
     "per_layer.hidden": ("hidden_size_per_layer_input",),
     "per_layer.vocab": ("vocab_size_per_layer_input",),
     "entity.vocab": ("entity_vocab_size",),
@@ -253,6 +257,8 @@ STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
 HEADED = ("fun_asr_nano_encoder",)
 """Families whose stream is heads side by side, for it is added to values, or split into heads, as it is."""
 
+_AS_WIDE = {HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads}  # with heads of their own
+
 DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     **WIDTHS,
     **{family: {WAVES: lambda config: config.hidden_size // 2} for family in _TIME_SINES},
@@ -302,10 +308,12 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
             config.hidden_size * config.ffn_proj_factor, config.ffn_round_up_to_multiple_of
         ),
     },
-    **dict.fromkeys(
-        ("tipsv2_vision_model", "videoprism_vision_model"),  # as wide as the text, with heads of their own
-        {HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads},
-    ),
+    "tipsv2_vision_model": _AS_WIDE,
+    "videoprism_vision_model": {
+        **_AS_WIDE,
+        "head.heads": lambda config: config.num_attention_heads,  # which share out the MLP's width
+        "head.head_dim": lambda config: config.intermediate_size // config.num_attention_heads,
+    },
     **{
         # a convolution over positions in groups of channels: any channel of a group, but the same one of each group
         family: {UNIT: lambda config: config.hidden_size // config.num_conv_pos_embedding_groups}

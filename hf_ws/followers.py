@@ -220,7 +220,9 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ),
     ("hgnet_v2", "stage_in_channels"): lambda v: [v["stem_channels"][-1], *v["stage_out_channels"][:-1]],
     ("pp_doclayout_v3", "x4_feat_dim"): lambda v: v["backbone_config"]["stage_out_channels"][0],
+    ("bridgetower", "vision_config.num_hidden_layers"): "text_config.num_hidden_layers",  # bridged one by one
     ("levit", "down_ops"): _halving,
+    ("groupvit_vision_model", "num_hidden_layers"): lambda v: sum(v["depths"]),
     ("textnet", "stem_out_channels"): lambda v: v["hidden_sizes"][0],
     ("sam2_hiera_det_model", "hidden_size"): lambda v: v["embed_dim_per_stage"][0],
     ("sam2_hiera_det_model", "num_attention_heads"): lambda v: v["num_attention_heads_per_stage"][0],

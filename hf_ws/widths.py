@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig as Config
 
-from hf_ws.axes import FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, UNIT, V_DIM, WAVES
+from hf_ws.axes import FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, ROPE_DIM, UNIT, V_DIM, WAVES
 
 _COORDINATES = (
     ("ref_point_head.layers.0.weight", "<(4 waves 2)"),
@@ -154,6 +154,16 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
             "middle.unit",
         ),
         "stem.unit": lambda config: config.embedding_size // config.num_groups,
+    },
+    "sam3_vision_model": _listed("upscale.ffn", lambda c: [c.backbone_config.hidden_size // part for part in (2, 4)]),
+    "groupvit_vision_model": _listed(
+        "assign.ffn", lambda c: [int(ratio * c.hidden_size) for ratio in c.assign_mlp_ratio]
+    ),
+    "lightglue": {ROPE_DIM: lambda config: config.descriptor_dim // config.num_attention_heads // 2},  # learned
+    "bridgetower_vision_model": {
+        HEADS: lambda config: config.hidden_size // 64,
+        HEAD_DIM: lambda config: 64,
+        FFN: lambda config: 4 * config.hidden_size,
     },
     "levit": {
         **_listed(FFN, lambda c: [width * ratio for width, ratio in zip(c.hidden_sizes, c.mlp_ratio, strict=True)]),

@@ -227,6 +227,7 @@ class Explain:
         pair = " " in text
         stack = text.partition(" ")[0].rpartition(kind_of(text.partition(" ")[0]))[0].rstrip(".")
         words = [word for word in re.split(r"[._]", stack) if word not in ("config", "")]
+        words += ["video"] if "vision" in words else []
         elsewhere = bool(words) and not any(word in name for word in words)
         elsewhere |= pair and not words and not self._mixers.isdisjoint(name.split("."))
         unlikely = int(pair != inner and (pair or kind_of(text) in (HIDDEN, UNIT)))

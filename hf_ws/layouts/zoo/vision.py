@@ -131,6 +131,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "expand_ratio": 3.0,
     },
     "hgnet_v2": {"stem_channels": Each([3, 20, 28], [3, 36, 52])},
+    "bridgetower": {"num_hidden_layers": 2},  # of its bridge; its towers have one more at least
+    "bridgetower_vision_model": {"hidden_size": Each(192, 320)},  # heads of 64
     "levit": {
         "depths": [2, 2, 2],
         # not what the heads are wide that halve the picture, which are as many as fit
@@ -138,7 +140,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "key_dim": Each([24, 16, 32], [28, 16, 40]),
     },
     "sam2_hiera_det_model": {"global_attention_blocks": [3, 5]},
-    "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    **dict.fromkeys(
+        ("sam2_vision_model", "sam3_vision_model"),
+        {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    ),
     **dict.fromkeys(
         ("sam_mask_decoder", "sam_hq_mask_decoder", "sam2_mask_decoder", "sam3_tracker_mask_decoder"),
         {"hidden_size": Each(192, 160), "num_attention_heads": Each(6, 10)},  # an eighth of it counts as well
@@ -291,6 +296,13 @@ def _asked(model: PreTrainedModel) -> dict[str, Tensor]:
     return pictures(model) | {"task_inputs": tokens.double()}
 
 
+def _named_films(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two films, and what may happen in them in words."""
+    films, frames = model.config.vision_config, model.config.vision_config.num_frames
+    pixels = floats(2, frames, 3, films.image_size, films.image_size)
+    return {"input_ids": ids(model.config.text_config.vocab_size, 3, 9), "pixel_values": pixels}
+
+
 def _perceived(model: PreTrainedModel) -> dict[str, Tensor]:
     """Pictures, text or numbers: what a Perceiver takes depends on its preprocessor."""
     wanted, config = inspect.signature(model.forward).parameters, model.config
@@ -304,6 +316,7 @@ def _perceived(model: PreTrainedModel) -> dict[str, Tensor]:
 INPUTS: dict[str, Callable[[PreTrainedModel], Mapping[str, Tensor]]] = {
     "efficientloftr": _pairs,
     "lightglue": _pairs,
+    "xclip": _named_films,
     "perceiver": _perceived,
     "seggpt": _prompted,
     "kimi_k25_vision": _single_patches,
