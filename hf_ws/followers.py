@@ -222,6 +222,7 @@ FOLLOWERS: dict[tuple[str, str], str | Callable[[dict[str, Any]], Any] | Whole] 
     ("pp_doclayout_v3", "x4_feat_dim"): lambda v: v["backbone_config"]["stage_out_channels"][0],
     ("bridgetower", "vision_config.num_hidden_layers"): "text_config.num_hidden_layers",  # bridged one by one
     ("levit", "down_ops"): _halving,
+    ("xclip", "vision_config.mit_hidden_size"): "projection_dim",
     ("groupvit_vision_model", "num_hidden_layers"): lambda v: sum(v["depths"]),
     ("textnet", "stem_out_channels"): lambda v: v["hidden_sizes"][0],
     ("sam2_hiera_det_model", "hidden_size"): lambda v: v["embed_dim_per_stage"][0],

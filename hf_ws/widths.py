@@ -159,7 +159,17 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
     "groupvit_vision_model": _listed(
         "assign.ffn", lambda c: [int(ratio * c.hidden_size) for ratio in c.assign_mlp_ratio]
     ),
-    "lightglue": {ROPE_DIM: lambda config: config.descriptor_dim // config.num_attention_heads // 2},  # learned
+    "lightglue": {
+        ROPE_DIM: lambda config: config.descriptor_dim // config.num_attention_heads // 2,  # of learned positions
+        FFN: lambda config: None,  # what it reads is two streams end to end, and it is as wide
+    },
+    "xclip": {
+        "prompt.heads": lambda config: config.prompt_num_attention_heads,
+        "prompt.head_dim": lambda config: config.projection_dim // config.prompt_num_attention_heads,
+    },
+    "xclip_vision_model": {
+        "mit.head_dim": lambda config: config.mit_hidden_size // config.mit_num_attention_heads,
+    },
     "bridgetower_vision_model": {
         HEADS: lambda config: config.hidden_size // 64,
         HEAD_DIM: lambda config: 64,

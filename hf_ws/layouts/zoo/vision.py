@@ -131,6 +131,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "expand_ratio": 3.0,
     },
     "hgnet_v2": {"stem_channels": Each([3, 20, 28], [3, 36, 52])},
+    "xclip": {"projection_dim": Each(96, 120), "prompt_num_attention_heads": Each(6, 10)},
+    "xclip_vision_model": {"mit_num_attention_heads": Each(12, 8)},
     "bridgetower": {"num_hidden_layers": 2},  # of its bridge; its towers have one more at least
     "bridgetower_vision_model": {"hidden_size": Each(192, 320)},  # heads of 64
     "levit": {
