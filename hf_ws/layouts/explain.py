@@ -36,7 +36,7 @@ from hf_ws.axes import (
     parse,
     sibling,
 )
-from hf_ws.fields import DERIVED, HEADED, MIXERS, SINES, STREAMS
+from hf_ws.fields import DERIVED, HEADED, MIXERS, PARTS, SINES, STREAMS
 from hf_ws.sizes import field_of, near, nodes, scope_of, sizes_of
 
 SUMS = (
@@ -226,7 +226,8 @@ class Explain:
     def _rank(self, text: str, number: int, odd_order: bool, inner: bool, name: str) -> tuple[int, ...]:
         pair = " " in text
         stack = text.partition(" ")[0].rpartition(kind_of(text.partition(" ")[0]))[0].rstrip(".")
-        words = [word for word in re.split(r"[._]", stack) if word not in ("config", "")]
+        parts = ([part] if part in PARTS else part.split("_") for part in stack.split("."))
+        words = [word for own in parts for word in own if word not in ("config", "")]
         words += ["video"] if "vision" in words else []
         elsewhere = bool(words) and not any(word in name for word in words)
         elsewhere |= pair and not words and not self._mixers.isdisjoint(name.split("."))

@@ -52,7 +52,8 @@ _GROUPS = {
     "num_queries": 7,
     "group_detr": 1,
     "d_model": Each(240, 288),
-    "decoder_self_attention_heads": Each(6, 8),
+    "hidden_expansion": 0.4,  # or twice what comes of it would be as wide as the stream
+    "decoder_self_attention_heads": Each(12, 18),
     "decoder_cross_attention_heads": Each(10, 9),
 }
 
