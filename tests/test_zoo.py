@@ -48,6 +48,7 @@ SPECIAL: Mapping[str, Mapping[str, float]] = {
     "zamba2": {"layers": 3},  # each layer with the shared attention has its own adapter of it: none can go
     "cvt": {"layers.1": 2, "layers.2": 3},  # the class counts stages where it means layers
     "regnet": {"hidden.0": 24, "hidden.1": 42, "hidden.2": 48, "hidden.3": 66},  # whole groups
+    "xclip": {"vision_config.mit.heads": 12},  # they share out what the text is projected to
     "efficientnet": {"width_coefficient": 0.35},
     "mobilenet_v1": {"depth_multiplier": 0.2},
     "mobilenet_v2": {"depth_multiplier": 0.35},

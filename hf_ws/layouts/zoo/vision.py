@@ -19,6 +19,7 @@ GRID = 4
 """Patches a side where images come cut into patches."""
 
 _WIDE = Each(192, 160)
+_DECODER = {"hidden_size": _WIDE, "num_attention_heads": Each(6, 10)}  # an eighth of the width counts as well
 _MASKS = {"num_queries": 7, "num_attention_heads": Each(6, 10), "hidden_dim": _WIDE}
 
 
@@ -148,9 +149,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     ),
     **dict.fromkeys(
-        ("sam_mask_decoder", "sam_hq_mask_decoder", "sam2_mask_decoder", "sam3_tracker_mask_decoder"),
-        {"hidden_size": Each(192, 160), "num_attention_heads": Each(6, 10)},  # an eighth of it counts as well
+        ("sam_mask_decoder", "sam_hq_mask_decoder", "sam2_mask_decoder"),
+        _DECODER,
     ),
+    # an MLP has as many layers as there are such layers, of which the first and the last have names of their own
+    "sam3_tracker_mask_decoder": _DECODER | {"num_hidden_layers": 2},
     "swiftformer": {"depths": [3, 3, 3, 3]},  # the last of each is of another kind
     "seggpt": {"image_size": [128, 64], "pretrain_image_size": 64, "merge_index": 0},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
