@@ -171,8 +171,8 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
         "mit.head_dim": lambda config: config.mit_hidden_size // config.mit_num_attention_heads,
     },
     "bridgetower_vision_model": {
-        HEADS: lambda config: config.hidden_size // 64,
-        HEAD_DIM: lambda config: 64,
+        "attn.heads": lambda config: config.hidden_size // 64,
+        "attn.head_dim": lambda config: 64,
         FFN: lambda config: 4 * config.hidden_size,
     },
     "levit": {

@@ -67,8 +67,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         ("detr", ["stage4"]),
         ("table-transformer", ["stage4"]),
     )
-}
-"""A backbone of Transformers' own in the place of one from timm, which need not be installed."""
+} | {"lw_detr": {"projector_scale_factors": [1.0]}}
+"""A backbone of Transformers' own in the place of one from timm, which need not be installed; a scale to look at."""
 
 FIELDS: dict[str, dict[str, Any]] = {
     **{
@@ -86,7 +86,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         name: {"num_queries": 7}
         for name in ("d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4", "rt_detr", "rt_detr_v2")
     },
-    "lw_detr": _GROUPS | {"projector_scale_factors": [1.0]},
+    "lw_detr": _GROUPS,
     "rf_detr": _GROUPS,
     # a GroupNorm of 32 groups over each width
     "mask2former": _MASKS | {"feature_size": _WIDE, "mask_feature_size": _WIDE},
