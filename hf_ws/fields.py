@@ -200,7 +200,10 @@ OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
         "bottleneck.hidden": ("intra_bottleneck_size",),
         "bottleneck.heads": ("num_attention_heads",),
     },
-    "levit": {HEAD_DIM: ("key_dim",), LAYERS: ()},  # a list of attentions, MLPs and what halves: none is a layer
+    "levit": {
+        HEAD_DIM: ("key_dim",),
+        LAYERS: (),
+    },  # a list of attentions, MLPs and what halves: none is a layer
 }
 """Fields that mean another axis in some families than in the others."""
 
@@ -260,7 +263,9 @@ STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
 HEADED = ("fun_asr_nano_encoder",)
 """Families whose stream is heads side by side, for it is added to values, or split into heads, as it is."""
 
-_AS_WIDE = {HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads}  # with heads of their own
+_AS_WIDE = {
+    HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads
+}  # with heads of their own
 
 DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
     **WIDTHS,

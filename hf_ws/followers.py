@@ -37,6 +37,7 @@ def _coordinate(v: dict[str, Any]) -> int:
 
 _DETECTOR = ("geometry_encoder", "detr_encoder", "detr_decoder")
 
+
 def _halving(v: dict[str, Any]) -> list[list[Any]]:
     """What stands between LeViT's stages: attention with so many heads of such a width."""
     (width, *_), own = v["key_dim"], v["hidden_sizes"][:-1]

@@ -155,12 +155,16 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
         ),
         "stem.unit": lambda config: config.embedding_size // config.num_groups,
     },
-    "sam3_vision_model": _listed("upscale.ffn", lambda c: [c.backbone_config.hidden_size // part for part in (2, 4)]),
-    "groupvit_vision_model": _listed(
+    "sam3_vision_model": listed(
+        "upscale.ffn", lambda c: [c.backbone_config.hidden_size // part for part in (2, 4)]
+    ),
+    "groupvit_vision_model": listed(
         "assign.ffn", lambda c: [int(ratio * c.hidden_size) for ratio in c.assign_mlp_ratio]
     ),
     "lightglue": {
-        ROPE_DIM: lambda config: config.descriptor_dim // config.num_attention_heads // 2,  # of learned positions
+        ROPE_DIM: lambda config: (
+            config.descriptor_dim // config.num_attention_heads // 2
+        ),  # of learned positions
         FFN: lambda config: None,  # what it reads is two streams end to end, and it is as wide
     },
     "xclip": {
@@ -176,13 +180,15 @@ WIDTHS: dict[str, dict[str, Callable[[Config], Any]]] = {
         FFN: lambda config: 4 * config.hidden_size,
     },
     "levit": {
-        **_listed(FFN, lambda c: [width * ratio for width, ratio in zip(c.hidden_sizes, c.mlp_ratio, strict=True)]),
-        **_listed(V_DIM, lambda c: [k * ratio for k, ratio in zip(c.key_dim, c.attention_ratio, strict=True)]),
-        **_listed("stem.ffn", lambda c: [c.hidden_sizes[0] // part for part in (8, 4, 2)]),
+        **listed(
+            FFN, lambda c: [width * ratio for width, ratio in zip(c.hidden_sizes, c.mlp_ratio, strict=True)]
+        ),
+        **listed(V_DIM, lambda c: [k * ratio for k, ratio in zip(c.key_dim, c.attention_ratio, strict=True)]),
+        **listed("stem.ffn", lambda c: [c.hidden_sizes[0] // part for part in (8, 4, 2)]),
         # what halves the picture between two stages
-        **_listed(f"down.{HEADS}", lambda c: [width // c.key_dim[0] for width in c.hidden_sizes[:-1]]),
-        **_listed(f"down.{HEAD_DIM}", lambda c: c.key_dim[:1] * (len(c.hidden_sizes) - 1)),
-        **_listed(f"down.{V_DIM}", lambda c: [4 * c.key_dim[0]] * (len(c.hidden_sizes) - 1)),
+        **listed(f"down.{HEADS}", lambda c: [width // c.key_dim[0] for width in c.hidden_sizes[:-1]]),
+        **listed(f"down.{HEAD_DIM}", lambda c: c.key_dim[:1] * (len(c.hidden_sizes) - 1)),
+        **listed(f"down.{V_DIM}", lambda c: [4 * c.key_dim[0]] * (len(c.hidden_sizes) - 1)),
     },
     "hgnet_v2": {
         **listed("squeeze.ffn", lambda config: [width // 2 for width in config.stage_out_channels]),
