@@ -209,6 +209,7 @@ OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 @cache
+@cache
 def fields_for(family: str) -> dict[str, tuple[str, ...]]:
     """How the config class of a family spells each axis."""
     own = OWN_FIELDS.get(family, {})

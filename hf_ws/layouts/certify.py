@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, LAYERS, Product, Sum, kind_of, length, parse, sibling, spell
 from hf_ws.errors import SizeError, UnsupportedArchitectureError
 from hf_ws.layouts import irregular, prove, run
+from hf_ws.layouts.bench import TOLERANCE
 from hf_ws.layouts.explain import streams
 from hf_ws.layouts.infer import Inferred, infer, tensors_of
-from hf_ws.layouts.miniature import build_on_meta, inputs
+from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.layouts.stacks import Stacks, generic
 from hf_ws.sizes import near, owner, resize, sizes_of
 
@@ -127,11 +127,7 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
     ]
     fixed = dict(inferred.fixed)
     for axis, error in proof.errors.items():
-        if (
-            axis in occurring
-            and axis not in proven
-            and not (kind_of(axis) == LAYERS and error <= prove.TOLERANCE)
-        ):
+        if axis in occurring and axis not in proven and not (kind_of(axis) == LAYERS and error <= TOLERANCE):
             theirs = {
                 a
                 for a in order
@@ -157,7 +153,8 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
         unread=proof.unread,
         tables=proof.tables,
         tied=_tied(model_class, inferred.miniature),
-        **_head(model_class, inferred),
+        head=proof.head,
+        head_norm=proof.head_norm,
     )
 
 
@@ -213,39 +210,3 @@ def _tied(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple
     except Exception:  # a class that does not tie may object in any way
         return ()
     return tuple(model.get_expanded_tied_weights_keys(all_submodels=True))
-
-
-def _head(model_class: type[PreTrainedModel], inferred: Inferred) -> dict[str, Any]:
-    """The matrix that gives the logits, and the norm right before it: found by following the tensor."""
-    with run.plain_arithmetic(inferred.miniature):
-        model = run.build(model_class, inferred.miniature)
-        head = model.get_output_embeddings()
-        if not isinstance(head, torch.nn.Module):
-            return {}
-        read: list[Tensor] = []
-        written: list[tuple[str, Tensor]] = []
-        hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))]
-        for name, module in model.named_modules():
-            if "norm" in type(module).__name__.lower():
-                hooks.append(
-                    module.register_forward_hook(
-                        lambda _, __, output, name=name: written.append((name, output))
-                    )
-                )
-        run.run(model, inputs(model))
-        for hook in hooks:
-            hook.remove()
-        matrices = [f"{name}.weight" for name, module in model.named_modules() if module is head]
-        if not read or not matrices or matrices[0] not in dict(model.named_parameters()):
-            return {}
-        names = [
-            name
-            for name, output in written
-            if isinstance(output, Tensor) and output.data_ptr() == read[0].data_ptr()
-        ]
-        # A class that starts its gains at zero multiplies by one plus the gain (Gemma): no factor can move there.
-        own = dict(model.get_submodule(names[-1]).named_parameters()) if names else {}
-        # Nor where it is the last layer's own: a gain holds for a tensor of every layer (BART).
-        outside = bool(names) and generic(f"{names[-1]}.weight", inferred.stacks)[1] is None
-        plain = outside and "weight" in own and bool((own["weight"] == 1).all())
-        return {"head": matrices[0], "head_norm": tuple(f"{names[-1]}.{n}" for n in own) if plain else ()}

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws.layouts import irregular, zoo
-from hf_ws.layouts.miniature import apart
+from hf_ws.layouts.miniature import apart, unfilled
 from hf_ws.sizes import nodes
 
 Outputs = dict[str, Tensor]
@@ -65,6 +65,12 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
     config._experts_implementation = "eager"
     torch.manual_seed(0)
     return apart(model_class(config).to(torch.float64).eval())
+
+
+def frame(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """As `build`, with parameters that are still to be written: whatever was in their memory."""
+    with unfilled(), mock.patch.object(PreTrainedModel, "initialize_weights", return_value=None):
+        return build(model_class, config)
 
 
 def without_tables(model: PreTrainedModel, widths: set[int]) -> tuple[str, ...]:
