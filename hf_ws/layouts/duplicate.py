@@ -12,6 +12,7 @@ from itertools import islice, product
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from hf_ws.axes import (
     EMBEDDING,
@@ -31,11 +32,12 @@ from hf_ws.axes import (
     sibling,
     spell,
 )
+from hf_ws.fields import FIELDS
 from hf_ws.layouts import run
 from hf_ws.layouts.bench import TOLERANCE, Bench
 from hf_ws.layouts.outputs import distance, renumbered, seen
 from hf_ws.layouts.stacks import generic
-from hf_ws.sizes import resize, sizes_of
+from hf_ws.sizes import nodes, resize, sizes_of
 
 
 def by_duplication(bench: Bench, layouts: dict[str, str], proven: set[str]) -> tuple[dict[str, str], float]:
@@ -45,6 +47,9 @@ def by_duplication(bench: Bench, layouts: dict[str, str], proven: set[str]) -> t
     except Exception:  # a class may refuse such sizes; then no growth is proven
         return layouts, float("inf")
     error = double.moved_by(layouts)
+    if error > TOLERANCE:  # the width may be in a scale that is computed each time
+        double.hold_widths()
+        error = double.moved_by(layouts)
     if error <= TOLERANCE:
         return layouts, error
     doubtful: dict[str, list[str]] = {}
@@ -69,6 +74,10 @@ def _read_at(text: str, at: int | None) -> str:
 
 
 DUPLICATED = (HIDDEN, UNIT, GROUPS, FFN, MOE_FFN, SHARED_FFN, EMBEDDING, HEADS, KV_HEADS)
+
+
+_WIDTHS = {"model_dim", "hidden_size"}
+"""What modules call the width that they compute a scale from."""
 
 
 class Double:
@@ -103,6 +112,22 @@ class Double:
         _same_constants(bench.model, self._model)
         bench.silence(self._model, self._sizes)
 
+    def hold_widths(self) -> None:
+        """Let what is computed from a stream's width in each run be as in the miniature; see `_same_constants`.
+
+        A class that shapes its tensors by that width then breaks, and proves nothing.
+        """
+        own = dict(self._bench.model.named_modules())
+        for name, module in self._model.named_modules():
+            source = own.get(name)
+            held = {key: getattr(source, key, None) for key in _WIDTHS & vars(module).keys()}
+            vars(module).update({key: value for key, value in held.items() if isinstance(value, int)})
+            before, after = getattr(source, "config", None), getattr(module, "config", None)
+            if isinstance(before, PreTrainedConfig) and isinstance(after, PreTrainedConfig):
+                for (_, narrow), (_, wide) in zip(nodes(before), nodes(after), strict=False):
+                    for key in {*FIELDS[HIDDEN]} & vars(wide).keys():
+                        vars(wide)[key] = vars(narrow)[key]
+
     def moved_by(self, layouts: Mapping[str, str]) -> float:
         """How far its output is from the miniature's; infinity where it cannot even be run."""
         bench, maps = self._bench, self._maps
@@ -110,13 +135,9 @@ class Double:
             doubled = bench.transferred(layouts, self._sizes, maps)
             for name, tensor in doubled.items():
                 for at, dim in enumerate(parse(layouts[generic(name, bench.inferred.stacks)[0]])):
-                    if axis := next(
-                        (axis for axis in dim.axes if kind_of(axis) == WAVES and axis in maps), None
-                    ):
-                        between = torch.from_numpy(coordinates(dim, self._sizes)[axis]) % 2 == 1
-                        share = torch.where(between, 0.0, 2.0 if dim.reads else 1.0)
-                        tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
-                    elif dim.reads and not maps.keys().isdisjoint(dim.axes):
+                    waves = [axis for axis in dim.axes if kind_of(axis) == WAVES and axis in maps]
+                    alone = waves == [*dim.axes]  # what multiplies them lies as they do
+                    if (dim.reads or alone) and not maps.keys().isdisjoint(dim.axes):
                         share = self._shares(dim)
                         tensor = tensor * share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
                 doubled[name] = tensor
@@ -135,7 +156,10 @@ class Double:
             axis for axis in reversed(dim.axes) if axis in self._maps
         ):  # of a product, the first counts
             second = where[axis] >= self._bench.sizes[axis]
-            share = np.where(where[axis] < 0, share, np.where(second, 4 / 3, 2 / 3))
+            own = np.where(second, 4 / 3, 2 / 3)
+            if kind_of(axis) == WAVES:  # those between have a frequency that the source does not
+                own = np.where(where[axis] % 2 == 1, 0.0, 2.0 if dim.reads else 1.0)
+            share = np.where(where[axis] < 0, share, own)
         return torch.from_numpy(share)
 
 

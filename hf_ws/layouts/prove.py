@@ -75,7 +75,18 @@ def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Proof:
     proven |= {sibling(axis, KV_HEADS) for axis in proven if kind_of(axis) == HEADS}
     proven |= {hidden for hidden, parts in streams(inferred.miniature).items() if proven.issuperset(parts)}
     layerwise = _layerwise(bench, layouts, proven)
-    layouts, error = by_duplication(bench, layouts, proven)
+    turned = {
+        hidden: parts
+        for hidden, parts in streams(inferred.miniature).items()
+        if any(kind_of(axis) == WAVES for axis in parts)
+        and proven.issuperset(axis for axis in parts if kind_of(axis) != WAVES)
+    }
+    layouts, error = by_duplication(bench, layouts, proven | turned.keys())
+    if error <= TOLERANCE:
+        proven |= turned.keys()
+    else:  # that each channel has the frequency it is said to have, duplication alone shows
+        errors |= {axis: error for parts in turned.values() for axis in parts if axis in proven}
+        proven -= {axis for parts in turned.values() for axis in parts}
     errors["reads"] = error
     return Proof(
         layouts,
