@@ -196,6 +196,7 @@ _MASKED: dict[str, tuple[str, ...]] = {
 OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "mask2former": _MASKED,
     "oneformer": _MASKED,
+    "bridgetower": {"cross.layers": ("num_hidden_layers",)},  # of the bridge between its towers
     "mobilebert": {  # a layer works on a narrower copy of the stream
         "bottleneck.hidden": ("intra_bottleneck_size",),
         "bottleneck.heads": ("num_attention_heads",),
@@ -261,6 +262,7 @@ STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
     "musicflamingo": {"audio_config.hidden": ("audio_config.waves", "audio_config.still.hidden")},
 }
 """Streams whose channels are not free, as the axes that they consist of, where these do not go by the same name."""
+
 
 def _turned(config: Config) -> int:
     """How many pairs of a sound's channels turn with its window's number, and as many with the time in that."""

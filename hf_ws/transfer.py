@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_ws.axes import HEADS, KV_HEADS, kind_of, parse, sibling
 from hf_ws.errors import CheckpointError, PlanError
 from hf_ws.evidence import Evidence
-from hf_ws.layouts import Certificate, certify, generic, in_layer, select, tensors_of
+from hf_ws.layouts import Certificate, before, certify, generic, select, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
 from hf_ws.scores import SCORES
@@ -151,7 +151,8 @@ def _tensors(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Every tensor of the target that the source has a part in."""
-    stacks = _certificate(plan, source).stacks.kept(plan.layers)
+    whole = _certificate(plan, source).stacks
+    stacks = whole.kept(plan.layers)
     tensors: dict[str, Tensor] = {}
     for name, parameter in tqdm(list(tensors_of(model).items()), desc="transferring", unit="tensor", delay=2):
         pattern, layer = generic(name, stacks)
@@ -165,7 +166,7 @@ def _tensors(
                 maps[axis] = axis_map.as_array
             elif axis in plan.layers:
                 maps[axis] = np.asarray(plan.layers[axis])
-        weight = source.tensor(name if layer is None else source_name(plan, pattern, layer))
+        weight = source.tensor(name if layer is None else before(name, layer, whole, plan.layers))
         made = select(weight, parse(text), plan.source_sizes, plan.target_sizes, maps)
         shared = made.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         if (gain := plan.gains.get(pattern, 1.0)) != 1.0:
@@ -178,11 +179,6 @@ def _tensors(
         )
         tensors[name] = made.contiguous()
     return tensors
-
-
-def source_name(plan: Plan, pattern: str, layer: int | str) -> str:
-    """The source's name of a tensor in a target layer."""
-    return in_layer(pattern, plan.source_layer(layer))
 
 
 def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype) -> None:

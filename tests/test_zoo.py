@@ -46,7 +46,6 @@ SPECIAL: Mapping[str, Mapping[str, float]] = {
         "heads": 4,
     },  # of sixty-fourths: sines and cosines of eight numbers, in a quarter of it
     "lilt": {"hidden": 144, "heads": 9},  # whole sixths, and whole quarters
-    "zamba2": {"layers": 3},  # each layer with the shared attention has its own adapter of it: none can go
     "cvt": {"layers.1": 2, "layers.2": 3},  # the class counts stages where it means layers
     "regnet": {"hidden.0": 24, "hidden.1": 42, "hidden.2": 48, "hidden.3": 66},  # whole groups
     "xclip": {"vision_config.mit.heads": 12},  # they share out what the text is projected to
