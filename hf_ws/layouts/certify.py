@@ -138,7 +138,10 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
                     axis
                 )  # no symmetry, but which pairs a smaller head keeps is known by their frequency
                 continue
-            fixed.setdefault(axis, f"permuting it moved the output by {error:.1e}")
+            known = irregular.MIXED.get((inferred.miniature.model_type, axis))
+            fixed.setdefault(
+                axis, f"{known + ', so ' if known else ''}permuting it moved the output by {error:.1e}"
+            )
     return Certificate(
         model_class=model_class.__name__,
         layouts=layouts,
