@@ -44,12 +44,13 @@ def by_duplication(bench: Bench, layouts: dict[str, str], proven: set[str]) -> t
     """The layouts with the reading sides that pass, and what duplicating every axis moved the output by."""
     try:
         double = Double(bench, layouts, proven)
+        error = double.moved_by(layouts)
+        if error > TOLERANCE:  # the width may be in a scale that is computed in each run
+            held = Double(bench, layouts, proven, hold_widths=True)
+            if (other := held.moved_by(layouts)) < error:
+                double, error = held, other
     except Exception:  # a class may refuse such sizes; then no growth is proven
         return layouts, float("inf")
-    error = double.moved_by(layouts)
-    if error > TOLERANCE:  # the width may be in a scale that is computed each time
-        double.hold_widths()
-        error = double.moved_by(layouts)
     if error <= TOLERANCE:
         return layouts, error
     doubtful: dict[str, list[str]] = {}
@@ -76,8 +77,8 @@ def _read_at(text: str, at: int | None) -> str:
 DUPLICATED = (HIDDEN, UNIT, GROUPS, FFN, MOE_FFN, SHARED_FFN, EMBEDDING, HEADS, KV_HEADS)
 
 
-_WIDTHS = {"model_dim", "hidden_size"}
-"""What modules call the width that they compute a scale from."""
+_WIDTHS = {"model_dim", *FIELDS[HIDDEN]}
+"""What modules and configs call the width that a class may compute a scale from."""
 
 
 class Double:
@@ -86,7 +87,9 @@ class Double:
     Uneven shares tell the sides apart: weighting the copies on the side that writes would change each of them.
     """
 
-    def __init__(self, bench: Bench, layouts: Mapping[str, str], proven: set[str]) -> None:
+    def __init__(
+        self, bench: Bench, layouts: Mapping[str, str], proven: set[str], *, hold_widths: bool = False
+    ) -> None:
         config, sizes = bench.inferred.miniature, bench.sizes
         seen = {axis for text in layouts.values() for dim in parse(text) for axis in dim.axes}
         repeated = {
@@ -110,23 +113,9 @@ class Double:
             )  # every second has the frequency of one of these
         self._model = run.frame(bench.model_class, target)
         _same_constants(bench.model, self._model)
+        if hold_widths:
+            _same_widths(bench.model, self._model)
         bench.silence(self._model, self._sizes)
-
-    def hold_widths(self) -> None:
-        """Let what is computed from a stream's width in each run be as in the miniature; see `_same_constants`.
-
-        A class that shapes its tensors by that width then breaks, and proves nothing.
-        """
-        own = dict(self._bench.model.named_modules())
-        for name, module in self._model.named_modules():
-            source = own.get(name)
-            held = {key: getattr(source, key, None) for key in _WIDTHS & vars(module).keys()}
-            vars(module).update({key: value for key, value in held.items() if isinstance(value, int)})
-            before, after = getattr(source, "config", None), getattr(module, "config", None)
-            if isinstance(before, PreTrainedConfig) and isinstance(after, PreTrainedConfig):
-                for (_, narrow), (_, wide) in zip(nodes(before), nodes(after), strict=False):
-                    for key in {*FIELDS[HIDDEN]} & vars(wide).keys():
-                        vars(wide)[key] = vars(narrow)[key]
 
     def moved_by(self, layouts: Mapping[str, str]) -> float:
         """How far its output is from the miniature's; infinity where it cannot even be run."""
@@ -174,3 +163,19 @@ def _same_constants(source: torch.nn.Module, target: torch.nn.Module) -> None:
             for key, buffer in module.named_buffers(recurse=False):
                 if buffer.ndim == 0 and buffer.is_floating_point():
                     setattr(modules[name], key, buffer)
+
+
+def _same_widths(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Some are computed in each run, from a stream's width as a module or its config has it: then from the narrow one.
+
+    A class that shapes its tensors by that width breaks, and proves nothing.
+    """
+    narrow = dict(source.named_modules())
+    for name, module in target.named_modules():
+        own = vars(narrow[name]) if name in narrow else {}
+        vars(module).update({key: own[key] for key in _WIDTHS & vars(module).keys() & own.keys()})
+        before, after = own.get("config"), vars(module).get("config")
+        if isinstance(before, PreTrainedConfig) and isinstance(after, PreTrainedConfig):
+            for (_, there), (_, here) in zip(nodes(before), nodes(after), strict=True):
+                for key in _WIDTHS & vars(here).keys() & vars(there).keys():
+                    vars(here)[key] = vars(there)[key]
