@@ -18,6 +18,7 @@ from hf_ws.axes import (
     EMBEDDING,
     FFN,
     GROUPS,
+    HEAD_DIM,
     HEADS,
     HIDDEN,
     KV_HEADS,
@@ -105,6 +106,9 @@ class Double:
             for axis in twice
             if self._sizes[axis] == 2 * sizes[axis]
         }
+        for axis in seen & proven - self._maps.keys():  # what a class computes of these, and has any order
+            if kind_of(axis) != HEAD_DIM and self._sizes[axis] == 2 * sizes[axis]:
+                self._maps[axis] = np.arange(self._sizes[axis]) % sizes[axis]
         for axis in (
             axis for axis in seen if kind_of(axis) == WAVES and self._sizes[axis] == 2 * sizes[axis]
         ):
