@@ -194,6 +194,7 @@ _MASKED: dict[str, tuple[str, ...]] = {
 }
 
 OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "clipseg": {"decoder.hidden": ("reduce_dim",)},  # its decoder is not as wide as the text part
     "mask2former": _MASKED,
     "oneformer": _MASKED,
     "bridgetower": {"cross.layers": ("num_hidden_layers",)},  # of the bridge between its towers
@@ -209,7 +210,6 @@ OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
 """Fields that mean another axis in some families than in the others."""
 
 
-@cache
 @cache
 def fields_for(family: str) -> dict[str, tuple[str, ...]]:
     """How the config class of a family spells each axis."""
@@ -277,6 +277,7 @@ _AS_WIDE = {
 }  # with heads of their own
 
 DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
+    "clipseg": {"decoder.head_dim": lambda c: c.reduce_dim // c.decoder_num_attention_heads},
     **WIDTHS,
     **{family: {WAVES: lambda config: config.hidden_size // 2} for family in _TIME_SINES},
     "bloom": {FFN: lambda config: 4 * config.hidden_size},

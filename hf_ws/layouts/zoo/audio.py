@@ -52,6 +52,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "moss_transcribe_diarize_audio": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "voxtral_encoder": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "audio-spectrogram-transformer": {"max_length": 36},
+    "csm": {"text_vocab_size": 251},
     "fastspeech2_conformer_hifigan": {"upsample_initial_channel": 32},
     "dac": {"encoder_hidden_size": 8, "decoder_hidden_size": Each(96, 160)},
     "granite_speech5_encoder": {"context_size": 12},
