@@ -65,6 +65,7 @@ class AutoSubclone:
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
+        compensation: Sequence[str] = (),
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -139,6 +140,7 @@ class AutoSubclone:
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
+        compensation: Sequence[str] = (),
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -233,6 +235,7 @@ class _Ask:
     method_args: Mapping[str, Any] = field(default_factory=dict)
     layer_policy: str | LayerPolicy | Sequence[int] | None = None
     calibration: Any = None
+    compensation: tuple[str, ...] = ()
     seed: int = 0
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
@@ -256,6 +259,7 @@ class _Ask:
             sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
             fields=arguments["config_fields"],
             method_args=arguments["method_args"] or {},
+            compensation=tuple(arguments["compensation"]),
             where={name: arguments[name] for name in ("revision", "token", "cache_dir", "local_files_only")},
             **{name: arguments[name] for name in ("method", "layer_policy", "calibration", "seed", "device")},
         )
@@ -294,6 +298,7 @@ def _planned(
     request = Request(
         source=name,
         revision=revision,
+        model_class=model_class,
         source_config=config,
         target_config=target,
         certificate=certificate,
@@ -303,6 +308,7 @@ def _planned(
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,
+        compensation=ask.compensation,
     )
     request.check_fixed()
     if not grows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_ws.layouts import irregular, prove, run
 from hf_ws.layouts.explain import streams
 from hf_ws.layouts.infer import Inferred, infer, tensors_of
 from hf_ws.layouts.miniature import build_on_meta, inputs
-from hf_ws.layouts.stacks import Stacks, generic
+from hf_ws.layouts.stacks import Stacks, generic, in_layer, stack_of
 from hf_ws.sizes import near, owner, resize, sizes_of
 
 
@@ -55,6 +55,20 @@ class Certificate:
         """A tensor's name as `layouts` spells it."""
         return generic(name, self.stacks)[0]
 
+    def spelled(self, layers: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, int | str | None]]:
+        """Every tensor of a model with these layers of this one: its name, that as `layouts` has it, and its layer."""
+        stacks = self.stacks.kept(layers)
+        for pattern in self.layouts:
+            stack = self.stacks.get(stack_of(pattern)) if "*" in pattern else None
+            if stack is None:
+                yield pattern, *generic(pattern, stacks)
+                continue
+            for number in range(len(layers[stack])):
+                name = in_layer(pattern, number)
+                own, layer = generic(name, stacks)
+                if own == pattern:  # not all layers have it
+                    yield name, pattern, layer
+
     def kept(self, layers: Mapping[str, Sequence[int]]) -> Certificate:
         """The certificate of a model that has these layers of this one, by layer axis."""
         return replace(self, stacks=self.stacks.kept(layers))
@@ -85,7 +99,7 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     if key not in _CERTIFICATES:
         try:
             certificate = certificate_of(model_class, infer(model_class, config))
-            _CERTIFICATES[key] = _anchored(certificate, model_class, config)
+            _CERTIFICATES[key] = anchored(certificate, model_class, config)
         except UnsupportedArchitectureError:
             raise
         except (
@@ -170,7 +184,7 @@ def _turns_whole(config: PreTrainedConfig, axis: str) -> bool:
         return False
 
 
-def _anchored(
+def anchored(
     certificate: Certificate, model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> Certificate:
     """The certificate with the numbers in its layouts as they are in the full model: patches, kernels, classes."""

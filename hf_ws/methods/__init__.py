@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
+from hf_ws.methods.rotation import rotation
 from hf_ws.methods.subclone import subclone
 from hf_ws.methods.weight_selection import weight_selection
 from hf_ws.plan import Plan
@@ -22,8 +23,9 @@ Method = Callable[..., Plan]
 
 METHODS: dict[str, Method] = {
     "random": random,
+    "rotation": rotation,
     "subclone": subclone,
     "weight_selection": weight_selection,
 }
 
-__all__ = ["METHODS", "Method", "Request", "random", "subclone", "weight_selection"]
+__all__ = ["METHODS", "Method", "Request", "random", "rotation", "subclone", "weight_selection"]
