@@ -138,12 +138,13 @@ class Fold:
 AxisMap = Gather | Rank | Turn | Dense
 KINDS = {kind.__name__: kind for kind in (Gather, Rank, Turn, Dense, Refit, Fold)}
 
+
 def to_json(key: str, value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """A map as JSON can hold it; its matrices go into `arrays` under the key, and are named in their place."""
     fields: dict[str, Any] = {"kind": type(value).__name__}
     for name, content in vars(value).items():
         if isinstance(content, np.ndarray):
-            arrays[f"{key}/{name}"] = np.ascontiguousarray(content, dtype=np.float32)
+            arrays[f"{key}/{name}"] = np.ascontiguousarray(content)
             content = f"{key}/{name}"
         fields[name] = content
     return fields

@@ -225,7 +225,10 @@ class Plan:
     @property
     def wants_data(self) -> bool:
         """Whether something is still open that looks at more than weights."""
-        looks = (isinstance(m, Turn) or (isinstance(m, Rank) and m.score != "magnitude") for m in self.maps.values())
+        looks = (
+            isinstance(m, Turn) or (isinstance(m, Rank) and m.score != "magnitude")
+            for m in self.maps.values()
+        )
         return any(looks) or bool(self.compensation)
 
     def with_maps(self, maps: Mapping[str, AxisMap], **changes: Any) -> Plan:

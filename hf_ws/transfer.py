@@ -90,9 +90,18 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
     return replace(settled, compensation=(), compensated=(*plan.compensated, *plan.compensation))
 
 
+def wanted(plan: Plan) -> tuple[str, ...]:
+    """What `calibrate` has to collect for this plan to be settled."""
+    turned = any(isinstance(m, Turn) for m in plan.maps.values())
+    return ("mean_abs", "moments") if turned or plan.compensation else ("mean_abs",)
+
+
 def _needed(evidence: Evidence | None, what: str) -> Evidence:
     if evidence is None:
-        raise CalibrationError(f"{what} is settled by calibration data, and there is none; pass calibration=")
+        raise CalibrationError(
+            f"{what} is settled by what the model does on data, and there is none: pass calibration=, a few dozen texts "
+            "or rows of token ids"
+        )
     return evidence
 
 
@@ -268,7 +277,9 @@ class _Maker:
         matrix = f"{pattern.rpartition('.')[0]}.weight"
         (at,) = [at for at, dim in enumerate(parse(self._plan.layouts[matrix])) if dim.reads]
         wide = self._weight(matrix, layer).double()
-        return weight.double() + torch.tensordot(wide, torch.from_numpy(refit.rest).double(), dims=([at], [0]))
+        return weight.double() + torch.tensordot(
+            wide, torch.from_numpy(refit.rest).double(), dims=([at], [0])
+        )
 
 
 def source_name(plan: Plan, pattern: str, layer: int | str) -> str:

@@ -25,22 +25,29 @@ def settle_turn(
     M x sqrt(d) / |M x|. So it has to multiply by sqrt(D / d) |M x| / |x|, on average.
     """
     places = {
-        target: _stream(evidence.moments[source].second, turn.centred) for target, source in _norms(plan, certificate, axis, evidence)
+        target: _stream(evidence.moments[source].second, turn.centred)
+        for target, source in _norms(plan, certificate, axis, evidence)
     }
     if not places:
-        raise CalibrationError(f"{axis}: no norm of the stream ran on the calibration data; is it what the model takes?")
-    whole = sum((second / second.trace() for second in places.values()), torch.zeros(turn.size, turn.size).double())
+        raise CalibrationError(
+            f"{axis}: no norm of the stream ran on the calibration data; is it what the model takes?"
+        )
+    whole = sum(
+        (second / second.trace() for second in places.values()), torch.zeros(turn.size, turn.size).double()
+    )
     free = turn.keep - turn.centred
     leading = torch.linalg.eigh(whole)[1].flip(1)[:, :free]
     largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
-    basis = (leading * largest.sign()).numpy()  # a direction has no sign of its own: the largest part is positive
+    basis = (
+        leading * largest.sign()
+    ).numpy()  # a direction has no sign of its own: the largest part is positive
     matrix = with_mean(zero_mean_basis(turn.keep), basis) if turn.centred else basis.T
     kept = torch.from_numpy(basis)
     levels = {
         name: float((turn.size / turn.keep * (kept.T @ second @ kept).trace() / second.trace()).sqrt())
         for name, second in places.items()
     }
-    matrix = np.ascontiguousarray(matrix, dtype=np.float32)
+    matrix = np.ascontiguousarray(matrix)
     return Dense(matrix, matrix, "leading directions of the"), levels
 
 
@@ -53,9 +60,7 @@ def _stream(second: Tensor, centred: bool) -> Tensor:
     return second
 
 
-def _norms(
-    plan: Plan, certificate: Certificate, axis: str, evidence: Evidence
-) -> Iterator[tuple[str, str]]:
+def _norms(plan: Plan, certificate: Certificate, axis: str, evidence: Evidence) -> Iterator[tuple[str, str]]:
     """Target and source name of the gain of every norm of the stream that the target has, and that ran."""
     for name, pattern, layer in certificate.spelled(plan.layers):
         if pattern in plan.folds and plan.folds[pattern].axis == axis:

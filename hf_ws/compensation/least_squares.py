@@ -30,10 +30,16 @@ def least_squares(plan: Plan, source: Source, certificate: Certificate, evidence
     Source: the normal equations; as in ZipLM (2302.04089) and SlimLLM's regression (2505.22689).
     """
     refits = dict(plan.refits)
-    for name, pattern, layer in tqdm(list(certificate.spelled(plan.layers)), desc="fitting", unit="matrix", delay=2):
+    for name, pattern, layer in tqdm(
+        list(certificate.spelled(plan.layers)), desc="fitting", unit="matrix", delay=2
+    ):
         layout = parse(plan.layouts[pattern])
         reading = [dim for dim in layout if dim.reads]
-        if len(reading) != 1 or not reading[0].axes or any(kind_of(axis) == HIDDEN for axis in reading[0].axes):
+        if (
+            len(reading) != 1
+            or not reading[0].axes
+            or any(kind_of(axis) == HIDDEN for axis in reading[0].axes)
+        ):
             continue
         own = pattern if layer is None else in_layer(pattern, plan.source_layer(layer))
         maps = {axis: plan.axis_map(axis, layer, name) for axis in reading[0].axes}

@@ -79,9 +79,7 @@ def _gather(tensor: Tensor, gathered: Mapping[int, np.ndarray]) -> Tensor:
     return tensor
 
 
-def _mixed(
-    tensor: Tensor, layout: Layout, source: Mapping[str, int], dense: Mapping[str, Sides]
-) -> Tensor:
+def _mixed(tensor: Tensor, layout: Layout, source: Mapping[str, int], dense: Mapping[str, Sides]) -> Tensor:
     """The tensor with its dense axes mapped, one after the other."""
     for at, dim in enumerate(layout):
         for axis in (axis for axis in dim.axes if axis in dense):
@@ -91,9 +89,7 @@ def _mixed(
     return tensor
 
 
-def mix(
-    tensor: Tensor, at: int, dim: Dim, sizes: Mapping[str, int], axis: str, matrix: np.ndarray
-) -> Tensor:
+def mix(tensor: Tensor, at: int, dim: Dim, sizes: Mapping[str, int], axis: str, matrix: np.ndarray) -> Tensor:
     """A tensor of which one axis in dimension `at` is multiplied by a matrix [target length, source length].
 
     Args:

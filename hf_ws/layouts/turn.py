@@ -58,7 +58,7 @@ def turning(
     """
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str), axis)
     if key not in _TURNINGS:
-        small = resize(miniatures(model_class, config)[0], {}, **_untied(config))
+        small = resize(miniatures(model_class, config)[0], {}, None, **_untied(config))
         with run.plain_arithmetic(small):
             _TURNINGS[key] = _proven(model_class, small, anchored(certificate, model_class, small), axis)
     return _TURNINGS[key]
@@ -180,7 +180,8 @@ def _followed(
 
     hooks = [module.register_forward_hook(keep(owner)) for owner, module in norms.items()]
     hooks += [
-        model.get_submodule(owner).register_forward_pre_hook(note(owner), with_kwargs=True) for owner in readers
+        model.get_submodule(owner).register_forward_pre_hook(note(owner), with_kwargs=True)
+        for owner in readers
     ]
     run.run(model, given)
     for hook in hooks:
@@ -200,7 +201,11 @@ def _followed(
         if patterns or getattr(module, "weight", None) is not None:  # a bare one may be of something else
             folds[pattern] = Fold(axis, patterns, bias, _offset(module))
     size = sizes_of(model.config)[axis]
-    used = [module for owner, module in norms.items() if generic(f"{owner}.weight", certificate.stacks)[0] in folds]
+    used = [
+        module
+        for owner, module in norms.items()
+        if generic(f"{owner}.weight", certificate.stacks)[0] in folds
+    ]
     return Turning(axis, folds, any(_centres(module, size) for module in used), float("inf"))
 
 

@@ -214,7 +214,11 @@ class Request:
             return self
         for node in tied:
             node.tie_word_embeddings = False
-        texts = [self.certificate.layouts[name] for name in self.certificate.tied if name in self.certificate.layouts]
+        texts = [
+            self.certificate.layouts[name]
+            for name in self.certificate.tied
+            if name in self.certificate.layouts
+        ]
         more = sum(int(np.prod([length(dim, self.after) for dim in parse(text)])) for text in texts)
         logger.warning("the head is untied from the embedding: %s parameters more", f"{more:,}")
         return replace(self, target_config=config, parameters=(self.parameters[0], self.parameters[1] + more))

@@ -34,7 +34,9 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
 
 
-def ranked_maps(request: Request, score: str | None, given: Mapping[str, AxisMap] | None = None) -> dict[str, AxisMap]:
+def ranked_maps(
+    request: Request, score: str | None, given: Mapping[str, AxisMap] | None = None
+) -> dict[str, AxisMap]:
     """The maps of every axis but the `given` ones: the highest by a score, where a method may choose."""
     if score is not None and score not in SCORES:
         raise PlanError(f"score={score!r} is unknown; known are {', '.join(SCORES)}")
