@@ -228,7 +228,7 @@ def _edited(path: Path, **changes: Any) -> Path:
 
 
 def test_a_plan_of_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="is a plan of another format than 2; make it again"):
+    with pytest.raises(PlanError, match="is a plan of another format than 3; make it again"):
         Plan.load(_edited(tmp_path / "plan.json", format=1))
 
 
