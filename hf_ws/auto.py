@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from hf_ws import store
 from hf_ws.axes import AXES, LAYERS, kind_of
+from hf_ws.compensation import COMPENSATIONS
 from hf_ws.depth import LayerPolicy, kept_layers
 from hf_ws.derive import derive_config, read_request
 from hf_ws.errors import PlanError, UnsupportedArchitectureError, unknown
@@ -33,7 +34,7 @@ from hf_ws.layouts.stacks import led
 from hf_ws.methods import METHODS, Method, Request
 from hf_ws.plan import Plan, Rank
 from hf_ws.sizes import sizes_of
-from hf_ws.transfer import apply, settle
+from hf_ws.transfer import apply, settle, wanted
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class AutoSubclone:
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
+        compensation: Sequence[str] | None = None,
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -95,7 +97,9 @@ class AutoSubclone:
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers`, or the list of source layers
                 to keep; the method's own policy if None.
             calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, or an iterable of model inputs;
-                methods that rank by activation look at it.
+                methods that rank by activation, or turn the stream, look at it.
+            compensation: Names in `COMPENSATIONS`: what is done with that data against what the maps lose, in this
+                order; the method's own if None.
             seed: Of everything random: drawn indices and freshly initialised weights.
             dtype: Of the target's weights, as in Transformers (`torch.bfloat16`, `"bfloat16"`); the source's if None.
             device: Where the target goes, and where calibration runs; the CPU if None.
@@ -139,6 +143,7 @@ class AutoSubclone:
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
+        compensation: Sequence[str] | None = None,
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -233,6 +238,7 @@ class _Ask:
     method_args: Mapping[str, Any] = field(default_factory=dict)
     layer_policy: str | LayerPolicy | Sequence[int] | None = None
     calibration: Any = None
+    compensation: Sequence[str] | None = None
     seed: int = 0
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
@@ -256,6 +262,7 @@ class _Ask:
             sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
             fields=arguments["config_fields"],
             method_args=arguments["method_args"] or {},
+            compensation=arguments["compensation"],
             where={name: arguments[name] for name in ("revision", "token", "cache_dir", "local_files_only")},
             **{name: arguments[name] for name in ("method", "layer_policy", "calibration", "seed", "device")},
         )
@@ -294,6 +301,7 @@ def _planned(
     request = Request(
         source=name,
         revision=revision,
+        model_class=model_class,
         source_config=config,
         target_config=target,
         certificate=certificate,
@@ -303,6 +311,7 @@ def _planned(
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,
+        compensation=_compensation(ask, method),
     )
     request.check_fixed()
     if not grows:
@@ -335,7 +344,7 @@ def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
         model = opened.model()
         if opened.files is not None:  # a live source stays where its owner put it
             model = model.to(ask.device or "cpu")
-        evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened))
+        evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened), wants=wanted(plan))
     elif ask.calibration is None and any(
         isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()
     ):
@@ -344,6 +353,16 @@ def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
             "pass calibration= with some text"
         )
     return settle(plan, opened, evidence)
+
+
+def _compensation(ask: _Ask, method: Method) -> tuple[str, ...]:
+    """What is to be done against what the maps lose: what is asked, or the method's own."""
+    if ask.compensation is None:
+        return tuple(getattr(method, "compensation", ()))
+    for name in ask.compensation:
+        if name not in COMPENSATIONS:
+            raise unknown("compensation", name, COMPENSATIONS)
+    return tuple(ask.compensation)
 
 
 def _label(source: SourceLike) -> str:

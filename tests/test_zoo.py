@@ -26,7 +26,7 @@ from hf_ws.cli.architectures import row
 from hf_ws.errors import PlanError
 from hf_ws.layouts import catalogue, certify, run
 from hf_ws.layouts.catalogue import Verdict
-from hf_ws.layouts.certify import _CERTIFICATES, Certificate, _anchored
+from hf_ws.layouts.certify import _CERTIFICATES, Certificate, anchored
 from hf_ws.layouts.miniature import inputs, miniatures
 from hf_ws.sizes import field_of, near, places, sizes_of
 
@@ -105,7 +105,7 @@ class Case:
             if name.endswith(OVERWRITTEN.get(self.name, "*")):
                 buffer[-1] = -1.0
         key = (model_class, json.dumps(made.config.to_dict(), sort_keys=True, default=str))
-        _CERTIFICATES[key] = _anchored(certify(model_class, config), model_class, made.config)
+        _CERTIFICATES[key] = anchored(certify(model_class, config), model_class, made.config)
         return made
 
     @property

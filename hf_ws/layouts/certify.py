@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,20 @@ from hf_ws.layouts.bench import TOLERANCE
 from hf_ws.layouts.explain import streams
 from hf_ws.layouts.infer import Inferred, infer, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
-from hf_ws.layouts.stacks import Stacks, generic
+from hf_ws.layouts.stacks import Stacks, before, generic, in_layer, stack_of
 from hf_ws.sizes import near, owner, resize, sizes_of
+
+
+class Spelled(NamedTuple):
+    """What a tensor of a target is called."""
+
+    name: str
+    source: str
+    """In the source."""
+    pattern: str
+    """With the layer's number written `*`."""
+    layer: int | str | None
+    """The key of its layer in the target; None outside the layers."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,20 @@ class Certificate:
         """A tensor's name as `layouts` spells it."""
         return generic(name, self.stacks)[0]
 
+    def spelled(self, layers: Mapping[str, Sequence[int]]) -> Iterator[Spelled]:
+        """Every tensor of a model with these layers of this one, less what a shared layer has for each of its users."""
+        stacks = self.stacks.kept(layers)
+        for pattern in self.layouts:
+            stack = stack_of(pattern) if "*" in pattern else ""
+            if stack not in self.stacks:
+                yield Spelled(pattern, pattern, pattern, generic(pattern, stacks)[1])
+                continue
+            for number in range(len(layers[self.stacks[stack]]) - self.stacks.behind.get(stack, 0)):
+                name = in_layer(pattern, number)
+                own, layer = generic(name, stacks)
+                if own == pattern and layer is not None:  # not all layers have it
+                    yield Spelled(name, before(name, layer, self.stacks, layers), pattern, layer)
+
     def kept(self, layers: Mapping[str, Sequence[int]]) -> Certificate:
         """The certificate of a model that has these layers of this one, by layer axis."""
         return replace(self, stacks=self.stacks.kept(layers))
@@ -85,7 +112,7 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     if key not in _CERTIFICATES:
         try:
             certificate = certificate_of(model_class, infer(model_class, config))
-            _CERTIFICATES[key] = _anchored(certificate, model_class, config)
+            _CERTIFICATES[key] = anchored(certificate, model_class, config)
         except UnsupportedArchitectureError:
             raise
         except (
@@ -170,7 +197,7 @@ def _turns_whole(config: PreTrainedConfig, axis: str) -> bool:
         return False
 
 
-def _anchored(
+def anchored(
     certificate: Certificate, model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> Certificate:
     """The certificate with the numbers in its layouts as they are in the full model: patches, kernels, classes."""

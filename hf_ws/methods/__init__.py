@@ -4,8 +4,9 @@
 
     AutoSubclone.from_pretrained("gpt2", hidden=384, method=my_method, method_args={"option": 2})
 
-A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none) and `grows` (True
-if it can make an axis longer than the source's).
+A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none), `compensation`
+(names in `hf_ws.compensation.COMPENSATIONS`, likewise) and `grows` (True if it can make an axis longer than the
+source's).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
+from hf_ws.methods.rotation import rotation
 from hf_ws.methods.subclone import subclone
 from hf_ws.methods.weight_selection import weight_selection
 from hf_ws.plan import Plan
@@ -22,8 +24,9 @@ Method = Callable[..., Plan]
 
 METHODS: dict[str, Method] = {
     "random": random,
+    "rotation": rotation,
     "subclone": subclone,
     "weight_selection": weight_selection,
 }
 
-__all__ = ["METHODS", "Method", "Request", "random", "subclone", "weight_selection"]
+__all__ = ["METHODS", "Method", "Request", "random", "rotation", "subclone", "weight_selection"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, kind_of
 from hf_ws.errors import PlanError
 from hf_ws.methods.request import Request
@@ -27,9 +29,17 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
         PlanError: an unknown score.
         SizeError: query heads that no selection of whole kv groups gives.
     """
+    request.check_heads()
+    maps = ranked_maps(request, score)
+    return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
+
+
+def ranked_maps(
+    request: Request, score: str | None, given: Mapping[str, AxisMap] | None = None
+) -> dict[str, AxisMap]:
+    """The maps of every axis but the `given` ones: the highest by a score, where a method may choose."""
     if score is not None and score not in SCORES:
         raise PlanError(f"score={score!r} is unknown; known are {', '.join(SCORES)}")
-    request.check_heads()
     by = score or ("activation" if request.calibrated else "magnitude")
     before, after = request.before, request.after
     maps = request.fixed_maps()
@@ -40,9 +50,9 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
         seen = kind_of(axis) in (HIDDEN, FFN, KV_HEADS, HEADS)
         return Rank(after[axis], before[axis], by if seen or by != "activation" else "magnitude")
 
-    for axis in (axis for axis in request.axes if axis not in maps):
+    for axis in (axis for axis in request.axes if axis not in maps and axis not in (given or {})):
         maps |= dict.fromkeys(request.places(axis), ranked(axis))
-    return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
+    return maps
 
 
 subclone.layer_policy = "middle_dropped"  # type: ignore[attr-defined]

@@ -1,0 +1,222 @@
+"""The hooks of calibration: what they see goes into `Sums`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_ws.evidence import sites
+from hf_ws.evidence.sites import Site
+from hf_ws.evidence.sums import Sums
+from hf_ws.layouts import Certificate
+from hf_ws.sizes import sizes_of
+
+RECENT = 4  # tensors that are remembered, to know again what several matrices read
+SAMPLE = 256  # tokens of a batch whose angles are taken
+
+
+class Collector:
+    """A context manager: while it lasts, every forward pass of `model` adds to `sums`."""
+
+    def __init__(
+        self, model: PreTrainedModel, certificate: Certificate, wants: tuple[str, ...], sums: Sums
+    ) -> None:
+        self.mask: Tensor | None = None
+        """The attention mask of the batch that runs."""
+        self.only_last = False
+        """Whether the head is to see the last token alone: its input is counted, its logits are not looked at."""
+        self.leaves: list[Tensor] = []
+        """Where gradients begin in the batch that runs, if they are wanted."""
+        self._model, self._certificate, self._wants, self._sums = model, certificate, wants, sums
+        self._sizes = sizes_of(model.config)
+        self._hooks: list[Any] = []
+        self._recent: list[tuple[Tensor, str]] = []
+        self._boundaries: dict[str, list[Tensor]] = {}
+
+    def __enter__(self) -> None:
+        modules = dict(self._model.named_modules())
+        for name, own in sites.readers(self._model, self._certificate).items():
+            self._before(modules[name], self._reader(own))
+        for name, (site, counts) in sites.blocks(self._model, self._certificate).items():
+            hook = modules[name].register_forward_hook(self._block(site, counts), with_kwargs=True)
+            self._hooks.append(hook)
+        if "moments" in self._wants:
+            for name, parameter in sites.inputs(self._model, self._certificate).items():
+                self._before(modules[name], self._input(parameter))
+        if "routes" in self._wants:
+            for name, (axis, layer) in sites.experts(self._model, self._certificate).items():
+                hook = modules[name].register_forward_pre_hook(self._routed(axis, layer), with_kwargs=True)
+                self._hooks.append(hook)
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.end_batch()
+
+    def end_batch(self) -> None:
+        """Let go of the batch's tensors, the angles between the boundaries taken."""
+        for counts, streams in self._boundaries.items():
+            self._angles(counts, streams)
+        self._recent, self._boundaries, self.leaves = [], {}, []
+
+    def _before(self, module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> None:
+        """See the first input of a module; what `see` returns takes its place."""
+
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+            if not isinstance(first, Tensor) or (other := see(first)) is None:
+                return None
+            if args:
+                return (other, *args[1:]), kwargs
+            return args, {key: other if value is first else value for key, value in kwargs.items()}
+
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """[tokens, width], padding left out; in float32 if it was less."""
+        flat = values.detach().reshape(-1, values.shape[-1])
+        if self.mask is not None and self.mask.numel() == len(flat):
+            flat = flat[self.mask.reshape(-1).to(flat.device).bool()]
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+    # ------------------------------------------------------------------------------------------ along an axis
+
+    def _reader(self, own: tuple[Site, ...]) -> Callable[[Tensor], Tensor | None]:
+        def see(values: Tensor) -> Tensor | None:
+            leaf = None
+            if "taylor" in self._wants and not values.requires_grad:
+                leaf = values = (
+                    values.detach().requires_grad_()
+                )  # gradients begin at the first that is watched
+                self.leaves.append(leaf)
+            for site in own:
+                self._add(site, values)
+            return leaf
+
+        return see
+
+    def _add(self, site: Site, values: Tensor) -> None:
+        flat = self._flat(values)
+        self._sums.add(f"count|{site.key}", float(len(flat)))
+        self._sums.add(f"abs|{site.key}", flat.abs().sum(0, dtype=torch.float64).cpu())
+        if {"mean", "variance"} & {*self._wants}:
+            self._sums.add(f"sum|{site.key}", flat.sum(0, dtype=torch.float64).cpu())
+        if {"rms", "variance"} & {*self._wants}:
+            self._sums.add(f"square|{site.key}", flat.double().square().sum(0).cpu())
+        if "taylor" in self._wants and values.requires_grad:
+            seen = values.detach()
+            values.register_hook(lambda gradient: self._add_taylor(site, seen, gradient))
+
+    def _add_taylor(self, site: Site, values: Tensor, gradient: Tensor) -> None:
+        """|sum of a dL/da|, the sum over what belongs to an index: of a head, over its channels."""
+        product = self._flat(values).mul(self._flat(gradient))
+        if site.dim.expression != site.axis:
+            place = sites.place(site.dim, site.axis, self._sizes).to(product.device)
+            summed = product.new_zeros(len(product), self._sizes[site.axis])
+            product = summed.index_add_(1, place[place >= 0], product[:, place >= 0])
+        self._sums.add(f"taylor|{site.key}", product.abs().sum(0, dtype=torch.float64).cpu())
+
+    # ------------------------------------------------------------------------------------------ blocks
+
+    def _block(self, site: Site, counts: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            if not isinstance(after, Tensor) or after.shape[-1] != self._sizes[site.axis]:
+                return
+            self._add(site, after)
+            before = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(before, Tensor) and before.shape == after.shape:
+                self._compare(site, counts, before, after)
+
+        return hook
+
+    def _compare(self, site: Site, counts: str, before: Tensor, after: Tensor) -> None:
+        """How far one block turns the stream."""
+        if "similarity" in self._wants:
+            cosines = torch.cosine_similarity(self._flat(before), self._flat(after), dim=-1)
+            self._sums.add(f"cosine|{site.layer}", cosines.sum(dtype=torch.float64).cpu())
+            self._sums.add(f"cosines|{site.layer}", float(len(cosines)))
+        if "angles" in self._wants:
+            streams = self._boundaries.setdefault(counts, [])
+            streams += [self._sample(before)] * (not streams) + [self._sample(after)]
+
+    def _sample(self, values: Tensor) -> Tensor:
+        """Evenly spread tokens of the batch as unit vectors, float64 [tokens, width]."""
+        flat = self._flat(values)
+        step = -(-len(flat) // SAMPLE)
+        return torch.nn.functional.normalize(flat[::step].double(), dim=-1)
+
+    def _angles(self, counts: str, streams: list[Tensor]) -> None:
+        """The angle between the streams at every two boundaries of a stack, as a share of pi."""
+        if len(streams) != self._sizes[counts] + 1 or len({len(stream) for stream in streams}) > 1:
+            return  # a stack that runs more than once, or not whole
+        stacked = torch.stack(streams, 1).cpu()  # [tokens, boundaries, width]
+        cosines = (stacked @ stacked.mT).clamp(-1, 1)
+        self._sums.add(f"angle|{counts}", (cosines.arccos() / torch.pi).sum(0))
+        self._sums.add(f"angles|{counts}", float(len(stacked)))
+
+    # ------------------------------------------------------------------------------------------ moments, routes
+
+    def _input(self, parameter: str) -> Callable[[Tensor], Tensor | None]:
+        """Second moments of what a module reads, once for all that read the same tensor.
+
+        `read|one|other` counts how often parameter `one` read what was counted under `other`.
+        """
+        head = parameter == self._certificate.head
+
+        def see(values: Tensor) -> Tensor | None:
+            by = next((by for seen, by in self._recent if seen is values), None)
+            if by is None:
+                self._add_moments(by := parameter, self._flat(values))
+                self._recent = [(values, parameter), *self._recent[: RECENT - 1]]
+            self._sums.add(f"read|{parameter}|{by}", 1.0)
+            return values[:, -1:] if head and self.only_last else None
+
+        return see
+
+    def _add_moments(self, key: str, flat: Tensor) -> None:
+        self._sums.add(f"tokens|{key}", float(len(flat)))
+        self._sums.add(f"first|{key}", flat.sum(0, dtype=torch.float64).cpu())
+        second = self._sums.get(f"second|{key}")
+        if second is not None and flat.device == second.device:
+            second.addmm_(flat.mT, flat)  # in place: the product alone would be as large again
+        else:
+            self._sums.add(f"second|{key}", (flat.mT @ flat).cpu())
+
+    def _routed(self, axis: str, layer: int | str) -> Callable[..., None]:
+        """Which experts the tokens go to: fused experts are told so, [tokens, chosen], and with which weights."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [v for v in (*args[1:], *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 2]
+            chosen = next((v for v in given if not v.is_floating_point() and v.dtype != torch.bool), None)
+            if chosen is None:
+                return
+            kept = torch.ones(len(chosen), dtype=torch.bool)
+            if self.mask is not None and self.mask.numel() == len(chosen):
+                kept = self.mask.reshape(-1).cpu().bool()
+            index = chosen.detach().cpu()[kept].long()
+            weights = next((v for v in given if v.is_floating_point() and v.shape[0] == len(chosen)), None)
+            self._add_routes(axis, layer, index, None if weights is None else weights.detach().cpu()[kept])
+
+        return hook
+
+    def _add_routes(self, axis: str, layer: int | str, index: Tensor, weights: Tensor | None) -> None:
+        size = self._sizes[axis]
+        routed, weighted = torch.zeros(
+            2, size + 1, dtype=torch.float64
+        )  # some classes use one more for "none"
+        flat = index.flatten().clamp(max=size)
+        routed.index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64))
+        if weights is not None:
+            if weights.shape[1] == size:  # of every expert, not only of those chosen
+                weights = weights.gather(1, index.clamp(max=size - 1))
+            weighted.index_add_(0, flat, weights.flatten().double())
+        self._sums.add(f"routed|{layer}", routed[:size].clone())
+        self._sums.add(f"weighted|{layer}", weighted[:size].clone())
+        self._sums.add(f"sent|{layer}", float(len(index)))

@@ -1,0 +1,137 @@
+"""Where a model is watched: found by the layouts of its parameters, not by the names of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_ws.axes import (
+    EXPERTS,
+    FFN,
+    HEADS,
+    HIDDEN,
+    MOE_FFN,
+    Dim,
+    Layout,
+    coordinates,
+    kind_of,
+    layer_key,
+    parse,
+)
+from hf_ws.layouts import Certificate, generic
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where an axis is seen: what a matrix reads, or what a block puts out."""
+
+    key: str
+    """The module's name and the axis; no two sites share it."""
+    axis: str
+    layer: int | str
+    dim: Dim
+    """The dimension of what is seen."""
+
+
+def readers(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple[Site, ...]]:
+    """The linear maps in layers that read neurons or heads, by module name."""
+    found = {}
+    for name, module in model.named_modules():
+        _, layer = generic(f"{name}.weight", certificate.stacks)
+        if isinstance(module, nn.Linear | Conv1D) and layer is not None:
+            dims = _layout(f"{name}.weight", certificate)
+            pairs = [(axis, dim) for dim in dims if dim.reads for axis in dim.axes]
+            sites = [
+                Site(f"{name}:{axis}", axis, layer, dim)
+                for axis, dim in pairs
+                if kind_of(axis) in (FFN, MOE_FFN, HEADS)
+            ]
+            if sites:
+                found[name] = tuple(sites)
+    return found
+
+
+def blocks(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple[Site, str]]:
+    """The layers of every stack, by module name, with the axis that counts them."""
+    found = {}
+    streams = {stack: _stream(stack, certificate) for stack in certificate.stacks}
+    for name, _ in model.named_modules():
+        stack, _, number = name.rpartition(".")
+        if (stream := streams.get(stack)) and number.isdigit():
+            counts = certificate.stacks[stack]
+            site = Site(f"{name}:{stream}", stream, layer_key(counts, int(number)), Dim(stream))
+            found[name] = (site, counts)
+    return found
+
+
+def inputs(model: PreTrainedModel, certificate: Certificate) -> dict[str, str]:
+    """The modules whose input has moments, by name, each with the parameter that these are called by.
+
+    Linear maps with a side that reads, and norms whose gain lies along the residual stream and nothing else.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            if any(dim.reads and dim.axes for dim in _layout(f"{name}.weight", certificate)):
+                found[name] = f"{name}.weight"
+        elif "norm" in type(module).__name__.lower():
+            for own, _ in module.named_parameters(recurse=False):
+                layout = _layout(f"{name}.{own}", certificate)
+                if own != "bias" and len(layout) == 1 and _is_stream(layout[0]):
+                    found[name] = f"{name}.{own}"
+    return found
+
+
+def experts(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple[str, int | str]]:
+    """The modules that hold a layer's fused experts, by name: the axis that counts these, and the layer."""
+    found = {}
+    for name, module in model.named_modules():
+        _, layer = generic(f"{name}.weight", certificate.stacks)
+        for own, _ in module.named_parameters(recurse=False):
+            layout = _layout(f"{name}.{own}", certificate)
+            counts = layout[0].expression if len(layout) == 3 else None
+            if layer is not None and isinstance(counts, str) and kind_of(counts) == EXPERTS:
+                found[name] = (counts, layer)
+    return found
+
+
+def place(dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
+    """The index on `axis` of each position along `dim`, -1 where it has none: integers [length of `dim`]."""
+    return torch.from_numpy(coordinates(dim, sizes)[axis])
+
+
+def by_axis(values: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
+    """`values` [length of `dim`], averaged over everything in the dimension but one axis: float64 [size]."""
+    if dim.expression == axis:
+        return values
+    where = place(dim, axis, sizes)
+    present = where >= 0
+    total = torch.zeros(sizes[axis], dtype=torch.float64).index_add_(
+        0, where[present], values[present].double()
+    )
+    counts = torch.zeros(sizes[axis], dtype=torch.float64).index_add_(
+        0, where[present], torch.ones(int(present.sum()), dtype=torch.float64)
+    )
+    return total / counts.clamp(min=1)
+
+
+def _layout(name: str, certificate: Certificate) -> Layout:
+    return parse(certificate.layouts.get(generic(name, certificate.stacks)[0], ""))
+
+
+def _is_stream(dim: Dim) -> bool:
+    return isinstance(dim.expression, str) and kind_of(dim.expression) == HIDDEN
+
+
+def _stream(stack: str, certificate: Certificate) -> str | None:
+    """The axis of the residual stream of a stack's layers."""
+    for name, text in certificate.layouts.items():
+        for dim in parse(text) if name.startswith(f"{stack}.*") else ():
+            if isinstance(dim.expression, str) and kind_of(dim.expression) == HIDDEN:
+                return dim.expression
+    return None
