@@ -15,6 +15,7 @@ from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import DivergenceError
 from hf_ws.training import run_folder
 from hf_ws.training.job import Job
+from hf_ws.training.placed import Streamed
 
 
 class Recorder(TrainerCallback):
@@ -27,6 +28,7 @@ class Recorder(TrainerCallback):
         self.job = job
         self.folder = folder
         self.rows = rows
+        self.streamed: Streamed | None = None
         self.use_cache = getattr(job.model.config, "use_cache", None)
         self.started = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
 
@@ -62,7 +64,10 @@ class Recorder(TrainerCallback):
         """Mark the checkpoint whole, once every process has written its part."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            run_folder.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self.streamed is not None:
+                run_folder.keep_stream_state(checkpoint, self.streamed.state_at(state.global_step))
+            run_folder.mark_whole(checkpoint)
 
 
 class Bar(ProgressCallback):

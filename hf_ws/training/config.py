@@ -55,6 +55,11 @@ class TrainConfig:
     dataset_split: str = "train"  # its split
     text_column: str = "text"  # the column or JSON key that holds the text
     mixture: dict[str, Weight] = field(default_factory=dict)  # sources of text, and their weights
+    streaming: bool = False  # read text while training: a dataset of the Hub, or files too large for memory
+    shuffle_buffer: int = 10_000  # texts of a stream that are shuffled among each other; 1 for none
+    skip_bad_rows: bool = (
+        False  # leave out rows that hold no text, with a count, instead of stopping at the first
+    )
     block: int = 512  # tokens in a training sequence
     documents_apart: bool = True  # no token sees another document of its block, where the model can (clm)
     mask_probability: float = 0.15  # tokens hidden (mlm) or cut out in spans (seq2seq), as a part of a block
@@ -231,6 +236,7 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         yield "train_files, dataset and mixture: give one of the three"
     if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
         yield f"mixture={config.mixture}; weights are single numbers above 0"
+    yield from _streaming(config)
     if config.model and config.subclone:
         yield f"model={config.model!r} and subclone both given; give one of the two"
     for block in (config.subclone, config.lora):
@@ -255,7 +261,15 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         "max_eval_blocks": 0,
         "keep_checkpoints": 2,
     }
-    least |= {"workers": 0, "mixup": 0, "cutmix": 0, "seed": 0, "weight_decay": 0, "max_grad_norm": 0}
+    least |= {
+        "shuffle_buffer": 1,
+        "workers": 0,
+        "mixup": 0,
+        "cutmix": 0,
+        "seed": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+    }
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:
@@ -273,6 +287,19 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             yield f"{name}={getattr(config, name)}; from 0 to below 1"
+
+
+def _streaming(config: TrainConfig) -> typing.Iterator[str]:
+    if not config.streaming:
+        return
+    if config.workers:
+        yield f"workers={config.workers} with streaming, which reads in the training's own process; leave it out"
+    if config.teacher_cache:
+        yield "teacher_cache with streaming: a cache holds the blocks of data in memory; take a live teacher"
+    if not config.max_eval_blocks and not config.eval_files:
+        yield "max_eval_blocks=0 with streaming, which has no end; give a number, or eval_files"
+    if config.source_column or config.target_column:
+        yield "streaming reads text that is packed, and no pairs; leave out source_column and target_column"
 
 
 def _out_of_range_kd(config: TrainConfig) -> typing.Iterator[str]:

@@ -34,7 +34,7 @@ from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
 from hf_ws.training.objective import Objective
-from hf_ws.training.placed import Placed, likeliest, measured
+from hf_ws.training.placed import Placed, Streamed, likeliest, measured
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
 from hf_ws.training.stop import Stopper
 
@@ -152,7 +152,7 @@ def _train(job: Job, folder: Path | None) -> History:
             result.keep_start(folder, job)
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_ws-")))
         recorder = Recorder(job, folder, rows)
-        trainer = _trainer(job, place, recorder, resumed=checkpoint is not None)
+        trainer = _trainer(job, place, recorder, checkpoint)
         _run(trainer, recorder, checkpoint)
         saved = result.save(trainer, folder, job, recorder.rows) if folder and job.config.save_model else None
     return History(recorder.rows, job.tokens_per_step, saved)
@@ -237,16 +237,23 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
 
-def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
+def _trainer(job: Job, place: Path, recorder: Recorder, checkpoint: Path | None) -> _Trainer:
     stopper, held_out = Stopper(), job.held_out
+    rows: Placed | Streamed
+    if job.stream:
+        per_step = job.tokens_per_step // job.task.length(job.blocks)
+        state, step = run_folder.stream_state(checkpoint) if checkpoint else (None, 0)
+        rows = recorder.streamed = Streamed(job.task, job.stream, job.steps, per_step, state, step)
+    else:
+        rows = Placed(job.task, job.blocks, job.order().tolist(), job.cache, training=True)
     trainer = _Trainer(
         job=job,
         stopper=stopper,
         model=adapters.wrapped(job) if job.config.lora else job.model,
-        args=_arguments(job, place, resumed),
+        args=_arguments(job, place, resumed=checkpoint is not None),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
-        train_dataset=Placed(job.task, job.blocks, job.order().tolist(), job.cache, training=True),
+        train_dataset=rows,
         eval_dataset=held_out and Placed(job.task, held_out, range(len(held_out)), training=False),
         data_collator=job.task.batch,
         compute_metrics=measured(job.task),
@@ -260,7 +267,7 @@ def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Tr
     return trainer
 
 
-def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
+def _arguments(job: Job, place: Path, *, resumed: bool) -> TrainingArguments:
     config, steps, processes = job.config, job.steps, PartialState().num_processes
     eval_every = max(1, steps // 10) if config.eval_every is None else config.eval_every
     evaluates = job.held_out is not None and bool(eval_every or config.eval_at)
