@@ -14,6 +14,7 @@ from transformers import ProgressCallback, TrainerCallback
 from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import DivergenceError
 from hf_ws.training import run_folder
+from hf_ws.training.guard import Guard
 from hf_ws.training.job import Job
 from hf_ws.training.placed import Streamed
 
@@ -29,6 +30,7 @@ class Recorder(TrainerCallback):
         self.folder = folder
         self.rows = rows
         self.streamed: Streamed | None = None
+        self.guard = Guard(job.config.nonfinite_steps)
         self.use_cache = getattr(job.model.config, "use_cache", None)
         self.started = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
 
@@ -46,12 +48,16 @@ class Recorder(TrainerCallback):
             return  # the Trainer's closing summary
         step = state.global_step
         row = {"step": step, "tokens": step * self.job.tokens_per_step, **numbers}
+        if "loss" in row and (left_out := self.guard.told()):
+            row["left_out"] = left_out
         row["seconds"] = round(time.monotonic() - self.started, 3)
         self.rows.append(row)
         if self.folder and state.is_world_process_zero:
             run_folder.write_metrics(self.folder, [row], append=True)
         # Under fp16 the loss scaler meets infinite gradients, skips those steps and goes on: no divergence.
-        watched = ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm")
+        watched = ["loss", "eval_loss"] if args.fp16 else ["loss", "eval_loss", "grad_norm"]
+        if row.get("left_out") and not args.fp16:  # whose loss and gradient are in these figures
+            watched = ["eval_loss"]
         bad = [f"{key} is {row[key]}" for key in watched if not math.isfinite(row.get(key, 0.0))]
         if bad:
             raise DivergenceError(

@@ -104,6 +104,7 @@ class TrainConfig:
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_epsilon: float = 1e-8  # added to the root of the second moment
+    nonfinite_steps: int = 0  # steps in a row that may be left out because their gradient is not finite
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # the launcher's, else bf16 on a GPU, fp32
     seed: int = 0  # order of the batches, dropout
     workers: int = 0  # processes beside the training that read and prepare batches
@@ -263,6 +264,7 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     }
     least |= {
         "shuffle_buffer": 1,
+        "nonfinite_steps": 0,
         "workers": 0,
         "mixup": 0,
         "cutmix": 0,

@@ -214,7 +214,7 @@ def _positions(lengths: list[int], block: int) -> np.ndarray:
     return np.minimum(every - starts, every % block).astype(np.int32)
 
 
-def check_ids(blocks: datasets.Dataset, vocabulary: int) -> None:
+def check_ids(blocks: datasets.Dataset, vocabulary: int, whose: str = "the model's vocabulary") -> None:
     """Refuse blocks with a token id that the model has no embedding for.
 
     Raises:
@@ -229,8 +229,8 @@ def check_ids(blocks: datasets.Dataset, vocabulary: int) -> None:
             if wrong.any():
                 at = int(np.repeat(np.arange(len(rows)), [len(one) for one in rows])[wrong.argmax()])
                 raise DataError(
-                    f"row {row + at} holds token id {ids[wrong][0]}, but the model's vocabulary has "
-                    f"{vocabulary}; tokenise with the model's own tokenizer"
+                    f"row {row + at} holds token id {ids[wrong][0]}, but {whose} has {vocabulary}; tokenise with the "
+                    "model's own tokenizer"
                 )
         row += len(next(iter(batch.values())))
 

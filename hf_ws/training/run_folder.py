@@ -170,13 +170,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]], *, append: bool) -> None:
-    """Write rows as JSON lines; what is not finite becomes null, for JSON has no NaN."""
+    """Write rows as JSON lines; what is not finite becomes null, for JSON has no NaN. Raises OutputError."""
     lines = [
         json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
         for row in rows
     ]
-    with (folder / METRICS).open("a" if append else "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
+    try:
+        with (folder / METRICS).open("a" if append else "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        raise OutputError(
+            f"{folder / METRICS} could not be written: {error}. Checkpoints written before are whole; make room, and "
+            "the same command with --resume goes on from the last of them"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

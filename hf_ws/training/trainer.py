@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws.errors import PlanError
+from hf_ws.errors import OutputError, PlanError
 from hf_ws.training import adapters, layers, report, result, run_folder
 from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
@@ -37,6 +38,7 @@ from hf_ws.training.objective import Objective
 from hf_ws.training.placed import Placed, Streamed, likeliest, measured
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
 from hf_ws.training.stop import Stopper
+from hf_ws.training.trackers import trackers
 
 if TYPE_CHECKING:
     import datasets
@@ -164,6 +166,7 @@ class _Trainer(Trainer):
     def __init__(self, *, job: Job, stopper: Stopper, **options: Any) -> None:
         super().__init__(**options)
         self.job, self.stopper = job, stopper
+        self.doing = "training"
         teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
         batch = job.task.batch([Placed(job.task, job.blocks, [0], training=True)[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
@@ -191,6 +194,34 @@ class _Trainer(Trainer):
         """As Transformers does it; and FSDP2 where it was asked for and there are only CPUs."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= split_on_cpu(self.accelerator)
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        """As Transformers does it, which takes older checkpoints away only after; a full disk is said to be one.
+
+        Raises:
+            OutputError: The checkpoint could not be written; older ones are as they were.
+        """
+        self.doing = "saving"
+        try:
+            super()._save_checkpoint(*arguments, **options)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch's writer has no error of its own: RuntimeErrors name the file it is written in, or the writer
+            writers = ("inline_container", "PytorchStreamWriter")
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in writers):
+                raise
+            step = self.state.global_step
+            raise OutputError(
+                f"checkpoint-{step} in {self.args.output_dir} could not be written: {error}. Older checkpoints are "
+                "whole; make room, and the same command with --resume goes on from the last of them"
+            ) from error
+        self.doing = "training"
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As Transformers does it."""
+        self.doing = "evaluating"
+        figures = super().evaluate(*arguments, **options)
+        self.doing = "training"
+        return figures
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, with a rate for each layer where that is asked for."""
@@ -258,8 +289,10 @@ def _trainer(job: Job, place: Path, recorder: Recorder, checkpoint: Path | None)
         data_collator=job.task.batch,
         compute_metrics=measured(job.task),
         preprocess_logits_for_metrics=likeliest,
-        callbacks=[stopper, recorder],  # in this order: the second logs where the first saves
+        # In this order: the recorder logs where the stopper saves, and then trackers are told.
+        callbacks=[stopper, recorder.guard, recorder, *trackers(job.config.report_to)],
     )
+    recorder.guard.accelerator = trainer.accelerator
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if job.config.progress:
@@ -304,7 +337,7 @@ def _arguments(job: Job, place: Path, *, resumed: bool) -> TrainingArguments:
         logging_steps=config.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would log a NaN as 0.0
-        report_to=config.report_to or "none",
+        report_to="none",  # they are given as callbacks that can do no harm
         disable_tqdm=not config.progress,
         dataloader_pin_memory=not on_cpu(),
         dataloader_num_workers=config.workers,
@@ -352,6 +385,12 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         with trainer.stopper.listening() if recorder.folder else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.stopper.check(trainer.state.global_step, trainer.state.max_steps)
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            f"memory ran out at step {trainer.state.global_step} while {trainer.doing}; checkpoints written before are "
+            "whole. Lower batch_size and raise grad_accum, or set gradient_checkpointing"
+        )
+        raise
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Bar):
@@ -364,4 +403,7 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         model.eval()
         if recorder.folder and trainer.is_world_process_zero():
             task = recorder.job.task
-            report.draw(recorder.folder, recorder.rows, task.unit, task.predicts)
+            try:
+                report.draw(recorder.folder, recorder.rows, task.unit, task.predicts)
+            except OSError as error:  # no picture is worth the error that may be on its way
+                logger.warning("%s could not be drawn: %s", run_folder.PICTURE, error)

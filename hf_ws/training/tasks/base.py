@@ -22,6 +22,7 @@ from hf_ws.training.data import (
 from hf_ws.training.records import usable
 from hf_ws.training.stream import Source, Stream
 from hf_ws.training.texts import is_local
+from hf_ws.training.vocabularies import common_ids
 
 if TYPE_CHECKING:
     import datasets
@@ -68,6 +69,12 @@ class Task:
 
     def __init__(self, config: TrainConfig, model_config: PreTrainedConfig, processor: Any = None) -> None:
         self.config, self.model_config, self.processor = config, model_config, processor
+        self.vocabulary: int | None = None  # of ids that a teacher knows too
+
+    @property
+    def ids(self) -> int:
+        """How many ids, from 0 on, rows may hold."""
+        return self.vocabulary or int(self.model_config.get_text_config().vocab_size)
 
     def taught_by(self, teacher: PreTrainedConfig, processor: Any = None) -> None:
         """Refuse a teacher that speaks of something else; what `for_teacher` makes follows from it.
@@ -79,9 +86,7 @@ class Task:
         Raises:
             DistillationError: Saying what differs.
         """
-        from hf_ws.distill.teacher import check_vocabulary
-
-        check_vocabulary(self.model_config, teacher, self.processor, processor)
+        self.vocabulary = common_ids(self.model_config, teacher, self.processor, processor)
 
     def for_teacher(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the teacher takes, of what the student takes."""
@@ -89,7 +94,11 @@ class Task:
 
     def ready(self, rows: datasets.Dataset) -> datasets.Dataset:
         """The rows as `batch` takes them, checked to suit the model. Raises DataError."""
-        check_ids(rows, self.model_config.get_text_config().vocab_size)
+        check_ids(
+            rows,
+            self.ids,
+            "the vocabulary that the teacher shares" if self.vocabulary else "the model's vocabulary",
+        )
         return rows
 
     def metrics(self, chosen: Any, labels: Any) -> dict[str, float]:
@@ -156,7 +165,7 @@ class Task:
             seed=config.seed,
             apart=self.documents_apart,
             holds_out=not (config.eval_files or config.eval_split),
-            vocabulary=self.model_config.get_text_config().vocab_size,
+            vocabulary=self.ids,
         )
         if config.eval_files:
             documents = text_files(

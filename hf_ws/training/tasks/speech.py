@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_ws.distill.teacher import check_vocabulary
 from hf_ws.errors import DataError, DistillationError
 from hf_ws.training.corpora import DIALTONES, dialtones
 from hf_ws.training.records import rows_of, split_rows
 from hf_ws.training.sound import clip_of
 from hf_ws.training.tasks.base import Rows, Task
 from hf_ws.training.tasks.seq2seq import begun, padded
+from hf_ws.training.vocabularies import common_ids
 
 if TYPE_CHECKING:
     import datasets
@@ -96,7 +96,8 @@ class Speech(Task):
 
     def taught_by(self, teacher: PreTrainedConfig, processor: Any = None) -> None:
         """Refuse a teacher that hears or writes otherwise."""
-        check_vocabulary(self.model_config, teacher, self.words, getattr(processor, "tokenizer", None))
+        words = getattr(processor, "tokenizer", None)
+        self.vocabulary = common_ids(self.model_config, teacher, self.words, words)
         for name in ("num_mel_bins", "max_source_positions"):
             ours, theirs = getattr(self.model_config, name, None), getattr(teacher, name, None)
             if ours != theirs:
@@ -151,11 +152,10 @@ class Speech(Task):
         return ids[1:] if ids and ids[0] == start else ids
 
     def _check_ids(self, targets: list[list[int]]) -> None:
-        vocabulary = self.model_config.get_text_config().vocab_size
         for i, ids in enumerate(targets):
-            if max(ids, default=0) >= vocabulary:
+            if max(ids, default=0) >= self.ids:
                 raise DataError(
-                    f"row {i} holds token id {max(ids)}, but the model's vocabulary has {vocabulary}; "
+                    f"row {i} holds token id {max(ids)}, but the model's vocabulary has {self.ids}; "
                     "take the model's own processor"
                 )
 
