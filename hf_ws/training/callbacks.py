@@ -23,7 +23,13 @@ class Recorder(TrainerCallback):
     """Keeps the rows, writes them as they come, marks checkpoints whole, and stops a run that diverges."""
 
     KEYS = ("loss", "ce_loss", "kd_loss", *LOSSES, *STATE_LOSSES, "learning_rate", "grad_norm")
-    EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy")
+    EVAL_KEYS = (
+        "eval_loss",
+        "eval_perplexity",
+        "eval_bits_per_byte",
+        "eval_accuracy",
+        "eval_word_error_rate",
+    )
 
     def __init__(self, job: Job, folder: Path | None, rows: list[dict[str, Any]]) -> None:
         self.job = job

@@ -74,11 +74,13 @@ class TrainConfig:
     label_column: str = "label"  # the column of their classes
     crop: float = 1.0  # least part of a picture that a random crop keeps; 1 for the whole
     flip: bool = False  # turn every other picture's left to its right
+    randaugment: float = 0.0  # strength, up to 10, of changes of pictures drawn by chance; 0 for none
     label_smoothing: float = 0.0  # of a label's weight, the part given to all classes alike
     mixup: float = 0.0  # pictures blended in pairs, by a share drawn from Beta(mixup, mixup); 0 for none
     cutmix: float = 0.0  # rectangles of pictures put into others, as large as a share of Beta(cutmix, cutmix)
     erase: float = 0.0  # the part of pictures that lose a rectangle to noise
     audio_column: str = "audio"  # the column of sound (speech); its text is in text_column
+    word_errors: bool = False  # write down held-out clips at every evaluation, and count the wrong words
     language: str | None = None  # of that text, where the tokenizer marks languages
 
     # How long, and how much at a time.
@@ -228,6 +230,8 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
     if config.eval_split and (config.eval_files or not config.dataset):
         yield "eval_split is of a dataset, in place of eval_files; give dataset, or leave one out"
+    if not 0 <= config.randaugment <= 10:
+        yield f"randaugment={config.randaugment}; from 0 to 10"
     if not 0 < config.crop <= 1:
         yield f"crop={config.crop}; above 0, up to 1"
     for name in ("label_smoothing", "erase"):

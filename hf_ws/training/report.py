@@ -103,6 +103,7 @@ def _before_and_after(rows: Rows, predicts: str) -> list[str]:
         "eval_perplexity": "perplexity",
         "eval_bits_per_byte": "bits per byte",
         "eval_accuracy": "accuracy",
+        "eval_word_error_rate": "wrong words for each that was said",
     }
     evaluated = [row for row in rows if row.get("eval_loss") is not None]
     if not evaluated:

@@ -24,12 +24,13 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.training import adapters, layers, report, result, run_folder
+from hf_ws.training.arguments import arguments
 from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
@@ -167,6 +168,10 @@ class _Trainer(Trainer):
         super().__init__(**options)
         self.job, self.stopper = job, stopper
         self.doing = "training"
+        if job.task.writes and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise PlanError(
+                "word_errors wants the whole model in every process; leave it out, or launch with DDP"
+            )
         teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
         batch = job.task.batch([Placed(job.task, job.blocks, [0], training=True)[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
@@ -215,6 +220,19 @@ class _Trainer(Trainer):
                 "whole; make room, and the same command with --resume goes on from the last of them"
             ) from error
         self.doing = "training"
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """As Transformers does it; where the task is to write, with what the model writes in place of logits."""
+        writes = self.job.task.writes and not prediction_loss_only
+        found = super().prediction_step(model, inputs, prediction_loss_only or writes, ignore_keys)
+        if not writes:
+            return found
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            written = self.job.task.written(self.accelerator.unwrap_model(model), inputs)
+        return found[0], written, inputs["labels"]
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """As Transformers does it."""
@@ -281,14 +299,14 @@ def _trainer(job: Job, place: Path, recorder: Recorder, checkpoint: Path | None)
         job=job,
         stopper=stopper,
         model=adapters.wrapped(job) if job.config.lora else job.model,
-        args=_arguments(job, place, resumed=checkpoint is not None),
+        args=arguments(job, place, resumed=checkpoint is not None),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
         train_dataset=rows,
         eval_dataset=held_out and Placed(job.task, held_out, range(len(held_out)), training=False),
         data_collator=job.task.batch,
         compute_metrics=measured(job.task),
-        preprocess_logits_for_metrics=likeliest,
+        preprocess_logits_for_metrics=None if job.task.writes else likeliest,
         # In this order: the recorder logs where the stopper saves, and then trackers are told.
         callbacks=[stopper, recorder.guard, recorder, *trackers(job.config.report_to)],
     )
@@ -298,73 +316,6 @@ def _trainer(job: Job, place: Path, recorder: Recorder, checkpoint: Path | None)
     if job.config.progress:
         trainer.add_callback(Bar)
     return trainer
-
-
-def _arguments(job: Job, place: Path, *, resumed: bool) -> TrainingArguments:
-    config, steps, processes = job.config, job.steps, PartialState().num_processes
-    eval_every = max(1, steps // 10) if config.eval_every is None else config.eval_every
-    evaluates = job.held_out is not None and bool(eval_every or config.eval_at)
-    precision = _precision(config)
-    cosine = config.schedule == "cosine"
-    return TrainingArguments(
-        output_dir=str(place),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=min(config.batch_size, len(job.held_out or ()) // processes or 1),
-        gradient_accumulation_steps=config.grad_accum,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio} if cosine else {},
-        warmup_steps=steps // 50 if config.warmup_steps is None else config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        **(_checkpointing() if config.gradient_checkpointing else {}),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=engine().get("cpu", False),
-        ddp_backend=engine().get("backend"),
-        seed=config.seed,
-        train_sampling_strategy="sequential",
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=eval_every or steps,
-        eval_on_start=evaluates and not resumed,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or steps,
-        save_total_limit=config.keep_checkpoints,
-        logging_steps=config.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would log a NaN as 0.0
-        report_to="none",  # they are given as callbacks that can do no harm
-        disable_tqdm=not config.progress,
-        dataloader_pin_memory=not on_cpu(),
-        dataloader_num_workers=config.workers,
-        ddp_find_unused_parameters=False,
-        label_names=["labels"],
-        remove_unused_columns=False,  # the task makes the batch
-    )
-
-
-def _checkpointing() -> dict[str, Any]:
-    """Computes activations again, by the name that this release of Transformers has for it."""
-    old = "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
-    word = "gradient_checkpointing" if old else "activation_checkpointing"
-    return {word: True, f"{word}_kwargs": {"use_reentrant": False}}
-
-
-def _precision(config: TrainConfig) -> str:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "fp32")
-    if config.precision == "auto":
-        has_bf16 = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return "bf16" if launched == "fp32" and has_bf16 else launched
-    if launched not in ("fp32", config.precision):
-        raise PlanError(
-            f"precision={config.precision}, but the launcher was told {launched}; "
-            f"drop one, or launch with --mixed_precision {config.precision.replace('fp32', 'no')}"
-        )
-    return config.precision
 
 
 @contextmanager

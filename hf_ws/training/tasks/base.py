@@ -110,6 +110,20 @@ class Task:
         """
         return {}
 
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything in `metrics`, for which predictions are gathered."""
+        return type(self).metrics is not Task.metrics
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is measured is what the model writes by itself (see `written`), and not what it predicts."""
+        return False
+
+    def written(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """What the model makes of held-out rows by itself, [rows, tokens], -100 after the end of each."""
+        raise NotImplementedError
+
     @classmethod
     def load_processor(cls, source: str) -> Any:
         """What is beside a model in its folder, or at its Hub id; None if nothing is."""

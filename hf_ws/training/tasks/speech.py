@@ -18,6 +18,7 @@ from hf_ws.training.sound import clip_of
 from hf_ws.training.tasks.base import Rows, Task
 from hf_ws.training.tasks.seq2seq import begun, padded
 from hf_ws.training.vocabularies import common_ids
+from hf_ws.training.word_errors import word_error_rate
 
 if TYPE_CHECKING:
     import datasets
@@ -144,6 +145,46 @@ class Speech(Task):
             "decoder_input_ids": begun(labels, self.model_config, self.model_config.pad_token_id or 0),
             "labels": labels,
         }
+
+    @property
+    def measures(self) -> bool:
+        """Where wrong words are counted."""
+        return self.config.word_errors
+
+    @property
+    def writes(self) -> bool:
+        """As above: the likeliest token after the right ones says little of what comes of a clip."""
+        return self.config.word_errors
+
+    def metrics(self, chosen: Any, labels: Any) -> dict[str, float]:
+        """Words that are wrong, for each that was said."""
+        texts = (
+            [self.words.decode(row[row >= 0], skip_special_tokens=True) for row in table]
+            for table in (chosen, labels)
+        )
+        return {"word_error_rate": word_error_rate(zip(*texts, strict=True))}
+
+    @torch.no_grad()
+    def written(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The likeliest token after token, from the tokens that begin every text, to its end or the longest label."""
+        labels = inputs["labels"]
+        config, end = self.model_config, self.words.eos_token_id
+        begin = begun(labels[:, :1], config, config.pad_token_id or 0)
+        prefix = [token for token in getattr(self.words, "prefix_tokens", []) if token != begin[0, 0]]
+        tokens = torch.cat([begin, labels.new_tensor(prefix).expand(len(labels), -1)], dim=1)
+        heard = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_input_ids")}
+        heard["encoder_outputs"] = model.get_encoder()(**heard)
+        done = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        found = [labels.new_tensor(prefix).expand(len(labels), -1)]
+        for _ in range(labels.shape[1] - len(prefix)):
+            logits = model(**heard, decoder_input_ids=tokens, use_cache=False).logits[:, -1]
+            chosen = logits.argmax(-1)
+            found.append(chosen.masked_fill(done, -100)[:, None])
+            done |= chosen == end
+            if done.all():
+                break
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        return torch.cat(found, dim=1)
 
     def _ids(self, text: str) -> list[int]:
         """What is predicted: the start token is what the decoder reads first, and no part of it."""
