@@ -295,6 +295,13 @@ class TestVocabularies:
             train(replace(config, teacher=None), teacher=live)
 
 
+def test_blocks_of_another_tokenizer_are_refused(tokenizer, blocks) -> None:
+    """Ids that the model has, and that mean something else to it."""
+    train(replace(SHORT, steps=1), model=student(), tokenizer=tokenizer, **vars(blocks))
+    with pytest.raises(DataError, match="packed with a tokenizer that gives other ids than the model's"):
+        train(SHORT, model=student(), tokenizer=speaking(270), **vars(blocks))
+
+
 def test_a_process_that_dies_takes_the_others_with_it(tmp_path, tokenizer) -> None:
     """And leaves a whole checkpoint, from which the run goes on."""
     student().save_pretrained(tmp_path / "start")

@@ -35,9 +35,9 @@ from hf_ws.training.teacher_cache import (
     Contents,
     TeacherCache,
     print_of_data,
-    print_of_tokenizer,
     write_manifest,
 )
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from hf_ws.errors import DataError
 from hf_ws.training.texts import Document, load_text, text_files
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets
@@ -53,6 +54,8 @@ class Packed:
     tokens: int
     dropped_tokens: int
     dropped_texts: int
+    tokenizer: str | None = None
+    """The fingerprint of the tokenizer's map from token to id."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -167,7 +170,7 @@ def pack(
         positions = _positions([len(piece) for piece in pieces], block)
         columns["position_ids"] = positions[: whole.size].reshape(-1, block)
     dropped = len(ids) - whole.size, len(contents) - len(kept)
-    return Packed(blocks_of(columns), size / len(ids), whole.size, *dropped)
+    return Packed(blocks_of(columns), size / len(ids), whole.size, *dropped, print_of_tokenizer(tokenizer))
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

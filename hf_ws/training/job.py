@@ -28,6 +28,7 @@ from hf_ws.training.stream import Stream, behind
 from hf_ws.training.tasks import TASKS, Rows, Task
 from hf_ws.training.tasks.causal_lm import keeps_apart
 from hf_ws.training.teacher_cache import TeacherCache
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets
@@ -137,6 +138,8 @@ def prepare(
     cache = _open_cache(config, task, teacher, student, tokenizer)
     if start and teacher is None and cache is None and config.distils:
         teacher = teacher_by_default(start, str(named))
+    for rows in (train_blocks, eval_blocks):
+        _check_packed(rows, tokenizer)
     doing = kind(config, student, tokenizer)
     if teacher is not None:
         _check_teacher(teacher, model, doing)
@@ -182,6 +185,16 @@ def prepare(
     if cache is not None:
         cache.check_blocks(blocks, job.order(), progress=config.progress and PartialState().is_main_process)
     return job
+
+
+def _check_packed(rows: Any, tokenizer: Any) -> None:
+    """Refuse blocks of ids that mean something else to the tokenizer that is saved with the model."""
+    made_with = rows.tokenizer if isinstance(rows, Packed) else None
+    if made_with and hasattr(tokenizer, "get_vocab") and made_with != print_of_tokenizer(tokenizer):
+        raise DataError(
+            "the blocks were packed with a tokenizer that gives other ids than the model's; pack the text again with "
+            "the model's own"
+        )
 
 
 def _named(config: TrainConfig, task: str, model: PreTrainedModel | None) -> tuple[Start | None, str | None]:

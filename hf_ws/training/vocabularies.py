@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -54,3 +56,9 @@ def common_ids(
         known, "student's" if long is ours else "teacher's", len(long) - len(short),
     )  # fmt: skip
     return min(*sizes, known) if long is ours else min(sizes)
+
+
+def print_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fingerprint of the map from token to id."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
