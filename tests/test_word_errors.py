@@ -68,7 +68,9 @@ def test_what_is_written_is_what_generate_writes() -> None:
     prefix = words.tokenizer.prefix_tokens[1:]
     begin = torch.tensor([[model.config.decoder_start_token_id, *prefix]] * 4)
     length = batch["labels"].shape[1] - len(prefix)
-    model.generation_config = GenerationConfig(eos_token_id=256, pad_token_id=256, max_new_tokens=length)
+    model.generation_config = GenerationConfig(
+        eos_token_id=256, pad_token_id=256, decoder_start_token_id=257, max_new_tokens=length
+    )
     theirs = GenerationMixin.generate(
         model,
         batch["input_features"],
