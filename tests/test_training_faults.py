@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import integration_utils
 
-from hf_ws.errors import DataError, DistillationError, DivergenceError, HfWsError, PlanError
+from hf_ws.errors import DataError, DistillationError, DivergenceError, HfWsError, PlanError, ResumeError
 from hf_ws.training import TrainConfig, run_folder, train
 from hf_ws.training.data import pack
 from hf_ws.training.guard import SCALED, Guard
@@ -209,6 +210,48 @@ class TestTrackers:
     def test_an_unknown_one_is_refused(self, blocks) -> None:
         with pytest.raises(PlanError, match=r"report_to has 'wandbb'; allowed: .*trackio"):
             train(replace(SHORT, report_to=["wandbb"]), model=student(), **vars(blocks))
+
+
+class Planted:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, blocks, name: str) -> None:
+    """Though its manifest says that all is as it was written."""
+    run = tmp_path / "run"
+    config = replace(SHORT, output=str(run), save_every=1, resume=True)
+    train(config, model=student(), **vars(blocks))
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoint-6")
+    torch.save({"state": Planted(f"touch {tmp_path / 'planted'}")}, run / "checkpoint-5" / name)
+    run_folder.mark_whole(run / "checkpoint-5")
+    with pytest.raises(ResumeError, match=r"checkpoint-5 holds more than numbers, and is not opened"):
+        train(config, model=student(), **vars(blocks))
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, blocks, caplog) -> None:
+    run = tmp_path / "run"
+    config = replace(SHORT, output=str(run), resume=True)
+    first = train(config, model=student(), **vars(blocks))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    model = student(seed=1)
+    with pytest.raises(ResumeError, match="start was"):
+        train(config, model=model, **vars(blocks))
+    model = student()
+    again = train(config, model=model, **vars(blocks))
+    assert "is finished; nothing to do" in caplog.text
+    assert again.rows == first.rows
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    saved = LlamaForCausalLM.from_pretrained(run / "model", dtype=torch.float32).state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
 
 
 def test_memory_that_runs_out_is_said_to_have_run_out_where(blocks, monkeypatch) -> None:

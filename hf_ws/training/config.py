@@ -58,7 +58,7 @@ class TrainConfig:
     streaming: bool = False  # read text while training: a dataset of the Hub, or files too large for memory
     shuffle_buffer: int = 10_000  # texts of a stream that are shuffled among each other; 1 for none
     skip_bad_rows: bool = (
-        False  # leave out rows that hold no text, with a count, instead of stopping at the first
+        False  # leave out rows that hold no text, with a count; else the first one stops the run
     )
     block: int = 512  # tokens in a training sequence
     documents_apart: bool = True  # no token sees another document of its block, where the model can (clm)

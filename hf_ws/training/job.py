@@ -163,8 +163,7 @@ def prepare(
         logger.warning(
             "%s does not keep documents apart: tokens see those before them", type(loaded).__name__
         )
-        blocks = blocks.remove_columns("position_ids")
-        held_out = held_out and held_out.remove_columns("position_ids")
+        blocks, held_out = (rows and rows.remove_columns("position_ids") for rows in (blocks, held_out))
         stream = stream and replace(stream, apart=False)
     job = Job(
         config=config,

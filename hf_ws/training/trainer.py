@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws.errors import OutputError, PlanError
+from hf_ws.errors import OutputError, PlanError, ResumeError
 from hf_ws.training import adapters, layers, report, result, run_folder
 from hf_ws.training.arguments import arguments
 from hf_ws.training.callbacks import Bar, Recorder
@@ -336,6 +337,10 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         with trainer.stopper.listening() if recorder.folder else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.stopper.check(trainer.state.global_step, trainer.state.max_steps)
+    except UnpicklingError as error:
+        raise ResumeError(
+            f"{checkpoint} holds more than numbers, and is not opened: no run of this library wrote it; remove it"
+        ) from error
     except torch.OutOfMemoryError as error:
         error.add_note(
             f"memory ran out at step {trainer.state.global_step} while {trainer.doing}; checkpoints written before are "
