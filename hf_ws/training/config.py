@@ -57,9 +57,7 @@ class TrainConfig:
     mixture: dict[str, Weight] = field(default_factory=dict)  # sources of text, and their weights
     streaming: bool = False  # read text while training: a dataset of the Hub, or files too large for memory
     shuffle_buffer: int = 10_000  # texts of a stream that are shuffled among each other; 1 for none
-    skip_bad_rows: bool = (
-        False  # leave out rows that hold no text, with a count; else the first one stops the run
-    )
+    skip_bad_rows: bool = False  # leave out rows that hold no text, with a count; else stop at the first
     block: int = 512  # tokens in a training sequence
     documents_apart: bool = True  # no token sees another document of its block, where the model can (clm)
     mask_probability: float = 0.15  # tokens hidden (mlm) or cut out in spans (seq2seq), as a part of a block
