@@ -35,9 +35,9 @@ from hf_ws.training.teacher_cache import (
     Contents,
     TeacherCache,
     print_of_data,
-    print_of_tokenizer,
     write_manifest,
 )
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets
@@ -88,6 +88,8 @@ def cache_teacher(
         raise PlanError(f"k={k}, dtype={dtype!r}; k is at least 1, dtype float16 or float32")
     if not config.distils or (teacher is None and config.teacher is None):
         raise PlanError("no teacher to ask: set teacher= to a folder or Hub id, and kd_weight above 0")
+    if config.streaming:
+        raise PlanError("a cache is of data in memory; leave out streaming, or train from a live teacher")
     target = Path(folder).expanduser()
     check_output(target)
     state = PartialState(**engine())
