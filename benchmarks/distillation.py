@@ -6,9 +6,9 @@
 Time is this process's CPU time on one thread, which is wall time where nobody else is on the machine.
 
 The teacher is the demo's source (5.8 M parameters), the student its subclone of half the width and six of eight layers,
-the text Python's standard library. How many steps an arm gets follows from its own speed, measured first as the difference
-of a short run and a shorter one, so that neither set-up nor evaluation counts; asking the teacher for the cache is paid
-once and stands apart. Resumable: runs that are there are not run again. Prints a table for BENCHMARKS.md.
+the text Python's standard library. How many steps an arm gets follows from its own speed, measured first as the
+difference of a short run and a shorter one, so that neither set-up nor evaluation counts; asking the teacher for the
+cache is paid once and stands apart. Resumable: runs that are there are not run again. Prints a table for BENCHMARKS.md.
 """
 
 from __future__ import annotations

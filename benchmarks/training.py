@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "student": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
         "teacher": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
-        "vocab": 8192, "block": 256, "batch": 8, "steps": 12, "precision": "fp32",
+        "vocab": 8192, "block": 256, "batch": 8, "steps": 9, "precision": "fp32",
     },
     "large": {  # about 0.5 B and 1.5 B
         "student": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 20, "num_attention_heads": 20},
@@ -117,8 +117,9 @@ def measure(arm: str, shape: dict[str, Any], threads: int) -> dict[str, float]:
     count = shape["batch"] * shape["steps"]
     ids = torch.randint(shape["vocab"], (count, shape["block"]))
     run = {"bare": bare, "trainer": trainer, "ours": ours, "teacher": forward, "distil": ours}[arm]
-    seconds = run(student, teacher, ids, shape, device)
-    speed = shape["batch"] * shape["block"] / seconds
+    clock = Clock(teacher if arm == "teacher" else student, device, threads)
+    run(student, teacher, ids, shape, device)
+    speed = shape["batch"] * shape["block"] / clock.pace()
     flops = 6 * size(student) * (arm != "teacher") + 2 * size(teacher) * (teacher is not None)
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     best = next((value for key, value in PEAK.items() if key in name), 0.0)
@@ -140,20 +141,32 @@ def size(model: Any) -> int:
     )
 
 
-def paced(step: Callable[[int], None], steps: int, device: Any) -> float:
-    """Seconds a step, the first third left out."""
-    import torch
+class Clock:
+    """Notes the time whenever the model begins a step.
 
-    warm, started = steps // 3, 0.0
-    for number in range(steps):
-        if number == warm:
-            if device.type == "cuda":
+    On a GPU once all before is done; on one CPU thread this process's own time, which others on the machine do not
+    lengthen; else the wall's.
+    """
+
+    def __init__(self, model: Any, device: Any, threads: int) -> None:
+        self.times: list[float] = []
+        self.device = device
+        self.now = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        model.register_forward_pre_hook(self.note)
+
+    def note(self, model: Any, _: Any) -> None:
+        """Note it; not where the recipe tries the head out on one row, which it does before it trains."""
+        import torch
+
+        if model.training:
+            if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            started = time.perf_counter()
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / (steps - warm)
+            self.times.append(self.now())
+
+    def pace(self) -> float:
+        """Seconds from one step to the next, the first third left out."""
+        times = self.times[len(self.times) // 3 :]
+        return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def half(shape: dict[str, Any], device: Any) -> Any:
@@ -163,8 +176,14 @@ def half(shape: dict[str, Any], device: Any) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if shape["precision"] == "bf16" else nullcontext()
 
 
-def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds a step of a loop that does nothing else."""
+def batches(ids: Any, shape: dict[str, Any], device: Any) -> Iterator[Any]:
+    """The token ids of one step after another."""
+    for rows in ids.split(shape["batch"]):
+        yield rows.to(device)
+
+
+def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """A loop that does nothing else."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -172,9 +191,7 @@ def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: An
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, shape["steps"])
     student.train()
-
-    def step(number: int) -> None:
-        rows = ids[number * shape["batch"] :][: shape["batch"]].to(device)
+    for rows in batches(ids, shape, device):
         with half(shape, device):
             loss = student(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
@@ -183,30 +200,21 @@ def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: An
         schedule.step()
         optimizer.zero_grad()
 
-    return paced(step, shape["steps"], device)
 
-
-def forward(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds of the teacher's forward pass."""
+def forward(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """The teacher's forward pass; in training mode for the clock's sake, which changes nothing without dropout."""
     import torch
 
-    def step(number: int) -> None:
+    teacher.train()
+    for rows in batches(ids, shape, device):
         with torch.no_grad(), half(shape, device):
-            teacher(input_ids=ids[number * shape["batch"] :][: shape["batch"]].to(device), use_cache=False)
-
-    return paced(step, shape["steps"], device)
+            teacher(input_ids=rows, use_cache=False)
 
 
-def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds a step under Transformers' Trainer."""
+def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """Transformers' Trainer."""
     import datasets
-    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
-
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+    from transformers import Trainer, TrainingArguments, default_data_collator
 
     rows = datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()})
     arguments = TrainingArguments(
@@ -214,28 +222,18 @@ def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device:
         save_strategy="no", logging_steps=10, disable_tqdm=True, bf16=shape["precision"] == "bf16",
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
     )  # fmt: skip
-    Trainer(
-        model=student,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=default_data_collator,
-        callbacks=[Clock()],
-    ).train()
-    warm = shape["steps"] // 3
-    return (times[-1] - times[warm - 1]) / (shape["steps"] - warm)
+    Trainer(model=student, args=arguments, train_dataset=rows, data_collator=default_data_collator).train()
 
 
-def ours(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds a step of the recipe."""
+def ours(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """The recipe."""
     from hf_ws.training import TrainConfig, train
 
-    warm = shape["steps"] // 3
     config = TrainConfig(
         steps=shape["steps"], batch_size=shape["batch"], learning_rate=1e-4, precision=shape["precision"],
-        log_every=1, progress=False,
+        progress=False,
     )  # fmt: skip
-    rows = train(config, model=student, teacher=teacher, train_blocks=ids).rows
-    return (rows[-1]["seconds"] - rows[warm - 1]["seconds"]) / (shape["steps"] - warm)
+    train(config, model=student, teacher=teacher, train_blocks=ids)
 
 
 def peak(arm: str, device: Any) -> dict[str, float]:
