@@ -257,10 +257,11 @@ class _Sums(torch.autograd.Function):
                 if product.requires_grad:
                     (slope,) = torch.autograd.grad(total, product)
                     _add(gradients, slope, own, hidden, head)
+            whole = sums @ factors
         ctx.save_for_backward(*gradients)
         parts = tuple(sums.unbind())
         ctx.mark_non_differentiable(*parts)
-        return (sums @ factors, *parts)
+        return (whole, *parts)
 
     @staticmethod
     @once_differentiable
