@@ -117,8 +117,7 @@ def token_losses(
         num_items_in_batch: The tokens counted in all the micro-batches of one optimizer step, so that their losses add
             up to the mean over that step. None: the tokens counted here.
         options: Keyword arguments of losses, by name.
-        chunk: Tokens in float32 at one time; by default as many as keep a table at 128 MB (8 MB on a CPU), and no fewer
-            than 128.
+        chunk: Tokens in float32 at one time; by default what keeps a table at 128 MB (8 MB on a CPU), at least 128.
 
     Returns:
         A scalar with gradient, and scalars without; zero if no token counts.
@@ -133,14 +132,17 @@ def token_losses(
     if not weights:
         return student.new_zeros(()), {}
     rows = student.reshape(-1, student.shape[-1])
-    length = len(student_head.weight) if student_head else rows.shape[-1]
-    chunk = chunk or max(_LEAST, _ENTRIES.get(rows.device.type, 2**25) // length)
+    chunk = chunk or _chunk_for(len(student_head.weight) if student_head else rows.shape[-1], rows.device)
     taught = teacher.detach().reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher
     own = (None, None) if student_head is None else (student_head.weight, student_head.bias)
     sums = _Sums.apply(objective, chunk, labels.reshape(-1), taught, student_head, teacher_head, rows, *own)
     items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     total, *parts = (value / items for value in sums)
     return total, dict(zip(weights, parts, strict=True))
+
+
+def _chunk_for(vocabulary: int, device: torch.device) -> int:
+    return max(_LEAST, _ENTRIES.get(device.type, 2**25) // vocabulary)
 
 
 @dataclass(frozen=True)
