@@ -146,8 +146,9 @@ class Plan:
                 yield f"layer {key} is a sum of layers {', '.join(parts)}, which are not all there"
 
     def _is_parameter(self, name: str) -> bool:
-        """Whether the layouts know this name, as it is or with its layer's number written `*`."""
-        return bool({name, _LAYER.sub(".*.", name, count=1)} & {*map(of_any_kind, self.layouts)})
+        """Whether this is a parameter, or a norm, by its name as it is or with its layer's number written `*`."""
+        known = {*map(of_any_kind, (*self.layouts, *self.folds))}
+        return bool({name, _LAYER.sub(".*.", name, count=1)} & known)
 
     def _is_layer(self, scope: str) -> bool:
         """Whether what stands after the @ is a layer, not a parameter."""

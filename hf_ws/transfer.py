@@ -207,7 +207,7 @@ class _Maker:
         self._plan, self._source, self._stacks, self._dtype = plan, source, certificate.stacks, dtype
         self._norms = {
             (own.pattern, own.layer): own.name
-            for own in certificate.spelled(plan.layers)
+            for own in certificate.spelled(plan.layers, plan.folds)
             if own.pattern in plan.folds
         }
 

@@ -62,7 +62,7 @@ def _stream(second: Tensor, centred: bool) -> Tensor:
 
 def _norms(plan: Plan, certificate: Certificate, axis: str, evidence: Evidence) -> Iterator[tuple[str, str]]:
     """Target and source name of the gain of every norm of the stream that the target has, and that ran."""
-    for own in certificate.spelled(plan.layers):
+    for own in certificate.spelled(plan.layers, plan.folds):
         fold = plan.folds.get(own.pattern)
         if fold is not None and fold.axis == axis and own.source in evidence.moments:
             yield own.name, own.source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -68,10 +68,15 @@ class Certificate:
         """A tensor's name as `layouts` spells it."""
         return generic(name, self.stacks)[0]
 
-    def spelled(self, layers: Mapping[str, Sequence[int]]) -> Iterator[Spelled]:
-        """Every tensor of a model with these layers of this one, less what a shared layer has for each of its users."""
+    def spelled(self, layers: Mapping[str, Sequence[int]], more: Iterable[str] = ()) -> Iterator[Spelled]:
+        """Every tensor of a model with these layers of this one, less what a shared layer has for each of its users.
+
+        Args:
+            layers: The layer of this model that each of the other's is, by layer axis.
+            more: Patterns that are spelled out too.
+        """
         stacks = self.stacks.kept(layers)
-        for pattern in self.layouts:
+        for pattern in dict.fromkeys([*self.layouts, *more]):
             stack = stack_of(pattern) if "*" in pattern else ""
             if stack not in self.stacks:
                 yield Spelled(pattern, pattern, pattern, generic(pattern, stacks)[1])

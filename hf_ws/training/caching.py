@@ -28,7 +28,7 @@ from hf_ws.errors import DistillationError, PlanError
 from hf_ws.store import check_output, new_folder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
-from hf_ws.training.job import prepare, print_of_model
+from hf_ws.training.job import Job, prepare, print_of_model
 from hf_ws.training.run_folder import write_json
 from hf_ws.training.sharding import engine
 from hf_ws.training.teacher_cache import (
@@ -102,17 +102,7 @@ def cache_teacher(
     job = prepare(replace(config, teacher_cache=None), **given)
     assert job.teacher is not None
     asked, blocks = job.teacher.to(state.device), job.blocks
-    vocabulary = asked.config.get_text_config().vocab_size
-    contents = Contents(
-        teacher=print_of_model(asked),
-        tokenizer=None if job.tokenizer is None else print_of_tokenizer(job.tokenizer),
-        data=print_of_data(blocks, progress=config.progress and state.is_main_process),
-        block=len(blocks[0]["input_ids"]),
-        temperature=config.kd_temperature,
-        vocabulary=vocabulary,
-        k=min(k, vocabulary),
-        dtype=dtype,
-    )
+    contents = _contents(job, k, dtype)
     numbers = list(range(len(blocks))) if every_block else sorted(set(job.order().tolist()))
     source: Any = config.teacher if teacher is None else teacher
     del job  # and with it the student
@@ -126,6 +116,22 @@ def cache_teacher(
         shutil.rmtree(partial)
     state.wait_for_everyone()
     return TeacherCache(target)
+
+
+def _contents(job: Job, k: int, dtype: str) -> Contents:
+    """What the cache is of."""
+    assert job.teacher is not None
+    vocabulary = job.teacher.config.get_text_config().vocab_size
+    return Contents(
+        teacher=print_of_model(job.teacher),
+        tokenizer=None if job.tokenizer is None else print_of_tokenizer(job.tokenizer),
+        data=print_of_data(job.blocks, progress=job.config.progress and PartialState().is_main_process),
+        block=len(job.blocks[0]["input_ids"]),
+        temperature=job.config.kd_temperature,
+        vocabulary=vocabulary,
+        k=min(k, vocabulary),
+        dtype=dtype,
+    )
 
 
 def _name(teacher: Any) -> str:

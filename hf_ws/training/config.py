@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import PlanError
 from hf_ws.training.blocks import Lora, Subclone
+from hf_ws.training.kernels import Asked
 from hf_ws.training.presets import PRESETS
 from hf_ws.training.typed import block_of, check_types, made, pair, read_settings, say
 
@@ -91,6 +92,7 @@ class TrainConfig:
     lora: Lora | None = None  # adapters of low rank instead of all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass, to save memory
     compile: bool = False  # compile every layer with torch.compile
+    liger: Asked = "auto"  # Liger's kernels; auto: where installed, on a GPU, for the model's type
 
     # Optimizer and schedule.
     preset: Literal["inherited"] | None = None  # fills what is not given; inherited: lower rate and decay
@@ -187,6 +189,8 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
             options["help"] += f"; {say(block)}; over the file's, key by key"
         elif hints[one.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif hints[one.name] == Asked:
+            options |= {"type": _asked, "choices": ["auto", True, False], "metavar": "auto|true|false"}
         elif get_origin(hints[one.name]) is list:
             options |= {"nargs": "+", "type": int if hints[one.name] == list[int] else str, "metavar": "X"}
         elif get_origin(hints[one.name]) is dict:
@@ -209,6 +213,11 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
     for name in [name for name in given if block_of(hints[name])]:
         given[name] = (values.get(name) or {}) | dict(given[name])
     return TrainConfig(**{**values, **given})
+
+
+def _asked(text: str) -> Any:
+    """A flag's `auto`, `true` or `false`."""
+    return {"true": True, "false": False}.get(text, text)
 
 
 def _weight(text: str) -> Weight:

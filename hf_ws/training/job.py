@@ -21,6 +21,7 @@ from hf_ws.plan import Plan
 from hf_ws.training import adapters
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
+from hf_ws.training.kernels import kernels_for
 from hf_ws.training.records import fingerprint
 from hf_ws.training.run_folder import START
 from hf_ws.training.start import Start, saved_plan, teacher_by_default
@@ -134,6 +135,7 @@ def prepare(
         raise PlanError(f"streaming reads text, and the task {task} takes other data; leave it out")
     tokenizer = tokenizer or (kind.load_processor(named) if named else None)
     student = model.config if model is not None else start.config if start else _read_config(str(named))
+    kernels_for(student.model_type, config.liger)  # refused, where it is, before any work
     teacher = (config.teacher if teacher is None else teacher) if config.distils else None
     cache = _open_cache(config, task, teacher, student, tokenizer)
     if start and teacher is None and cache is None and config.distils:
