@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from hf_ws.layouts.stacks import of_any_kind
 
 FORMAT = 2
 """Version of the saved form."""
+
+DATA_FREE = frozenset({"magnitude", "random", "uniform"})
+"""The scores in `hf_ws.scores.SCORES` that need no calibration data."""
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -62,14 +65,31 @@ class Rank:
     keep: int
     size: int
     """The axis's length in the source."""
-    score: str
-    """A name in `hf_ws.scores.SCORES`."""
+    score: str | Callable[..., Any]
+    """A name in `hf_ws.scores.SCORES`, or a score itself."""
 
     def __len__(self) -> int:
         return self.keep
 
+    @property
+    def by(self) -> str:
+        """What the score is called."""
+        return called(self.score)
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether the score looks at more than weights."""
+        if isinstance(self.score, str):
+            return self.score not in DATA_FREE
+        return bool(getattr(self.score, "wants", ()))
+
     def __str__(self) -> str:
-        return "all" if self.keep == self.size else f"the {self.keep} of {self.size} highest by {self.score}"
+        return "all" if self.keep == self.size else f"the {self.keep} of {self.size} highest by {self.by}"
+
+
+def called(thing: str | Callable[..., Any]) -> str:
+    """The name of what may be named, or be the callable itself."""
+    return thing if isinstance(thing, str) else getattr(thing, "__name__", type(thing).__name__)
 
 
 AxisMap = Gather | Rank
@@ -240,7 +260,7 @@ class Plan:
     @property
     def wants_data(self) -> bool:
         """Whether a score is still open that looks at more than weights."""
-        return any(isinstance(m, Rank) and m.score != "magnitude" for m in self.maps.values())
+        return any(isinstance(m, Rank) and m.wants_data for m in self.maps.values())
 
     def with_maps(self, maps: Mapping[str, AxisMap], **changes: Any) -> Plan:
         """This plan with other maps."""
@@ -263,7 +283,13 @@ class Plan:
         return apply_plan(self, source, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as one JSON file. Raises OutputError if the file cannot be written."""
+        """Write one JSON file. Raises OutputError if that fails, PlanError if a callable is still to rank."""
+        for key, axis_map in self.maps.items():
+            if isinstance(axis_map, Rank) and callable(axis_map.score):
+                raise PlanError(
+                    f"{key} is still to be ranked by {axis_map.by}, a function, which cannot be saved; "
+                    "make the plan with calibration=, or save what `from_pretrained` leaves in model.hf_ws_plan"
+                )
         values = asdict(self) | {
             "format": FORMAT,
             "maps": {key: {"kind": type(m).__name__, **asdict(m)} for key, m in self.maps.items()},

@@ -7,20 +7,18 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_ws.axes import POSITIONS
 from hf_ws.errors import CalibrationError, unknown
 from hf_ws.evidence import sites
 from hf_ws.evidence.collect import Collector
-from hf_ws.evidence.data import check_ids, inputs_of
+from hf_ws.evidence.data import calibration_inputs
 from hf_ws.evidence.finish import finish
+from hf_ws.evidence.loss import summed_loss, with_labels
 from hf_ws.evidence.record import STATISTICS, Evidence
-from hf_ws.evidence.sums import Sums
+from hf_ws.evidence.sums import Sums, share
 from hf_ws.layouts import Certificate, certify
 from hf_ws.sizes import sizes_of
 
@@ -54,7 +52,6 @@ def calibrate(
     """
     wants = _checked(wants)
     certificate = certificate or certify(type(model), model.config)
-    longest = sizes_of(model.config)[POSITIONS] if POSITIONS in certificate.occurring else None
     rank, processes = share()
     sums = Sums()
     collector = Collector(model, certificate, wants, sums)
@@ -63,10 +60,8 @@ def calibrate(
     model.eval().requires_grad_(False)  # Taylor terms are of activations: no weight's gradient is computed
     try:
         with torch.set_grad_enabled("taylor" in wants), collector:
-            batches = list(inputs_of(data, tokenizer, longest))
-            # All of them in every process: one that stopped alone would leave the others waiting.
-            for inputs in batches:
-                check_ids(inputs.get("input_ids"), model.config, longest)
+            # All batches in every process: one that stopped alone would leave the others waiting.
+            batches = calibration_inputs(model.config, data, tokenizer, certificate)
             own = batches[rank::processes]
             for inputs in tqdm(own, desc="calibrating", unit="batch", delay=2, disable=rank > 0):
                 _run(model, inputs, collector, wants, certificate)
@@ -79,13 +74,6 @@ def calibrate(
     readers = [site for own in sites.readers(model, certificate).values() for site in own]
     blocks = [site for site, _ in sites.blocks(model, certificate).values()]
     return finish(sums, [*readers, *blocks], sizes_of(model.config), wants)
-
-
-def share() -> tuple[int, int]:
-    """Which of how many processes this is."""
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _checked(wants: tuple[str, ...]) -> tuple[str, ...]:
@@ -107,7 +95,7 @@ def _run(
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     collector.mask = moved.get("attention_mask")
     if "taylor" in wants:
-        moved = _with_labels(model, moved)
+        moved = with_labels(model, moved)
     # Without labels no logits are looked at: of one token they cost nothing, of all they are larger than all else.
     spare = "labels" not in moved and "logits_to_keep" in signature(model.forward).parameters
     collector.only_last = spare and "moments" in wants and certificate.head is not None
@@ -117,32 +105,13 @@ def _run(
     collector.end_batch()
 
 
-def _with_labels(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "labels" in inputs:
-        return inputs
-    if not _is_causal(model) or "input_ids" not in inputs:
-        raise CalibrationError(
-            f"Taylor terms of {type(model).__name__} need a loss: give the calibration data as the model's inputs, "
-            "labels= among them"
-        )
-    labels = inputs["input_ids"]
-    if (mask := inputs.get("attention_mask")) is not None:
-        labels = labels.masked_fill(mask == 0, -100)
-    return inputs | {"labels": labels}
-
-
-def _is_causal(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
 def _backward(model: PreTrainedModel, output: Any, labels: Tensor, leaves: list[Tensor]) -> None:
     """Gradients of the loss summed over tokens, into the watched activations and nothing else."""
-    loss = getattr(output, "loss", None)
-    if loss is None or not loss.requires_grad:
-        raise CalibrationError(f"{type(model).__name__} gives no loss that depends on its activations")
-    counted = (
-        (labels[..., _is_causal(model) :] != -100).sum().clamp(min=1)
-    )  # the first token is not predicted
-    torch.autograd.backward(loss.float() * counted, inputs=leaves)
+    loss, _ = summed_loss(model, output, labels)
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"{type(model).__name__} gives a loss that depends on none of its neurons and heads"
+        )
+    torch.autograd.backward(loss, inputs=leaves)
     for leaf in leaves:
         leaf.grad = None

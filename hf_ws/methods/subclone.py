@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, kind_of
-from hf_ws.errors import PlanError
+from hf_ws.axes import EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, kind_of
 from hf_ws.methods.request import Request
-from hf_ws.plan import AxisMap, Gather, Plan, Rank
-from hf_ws.scores import SCORES
+from hf_ws.plan import DATA_FREE, AxisMap, Gather, Plan, Rank
+from hf_ws.scores import Score, score_of
+
+SEEN = (HIDDEN, FFN, KV_HEADS, HEADS, EXPERTS)
+"""The axes whose activations, or routes, calibration sees."""
 
 
-def subclone(request: Request, *, rescale: bool = True, score: str | None = None) -> Plan:
+def subclone(request: Request, *, rescale: bool = True, score: str | Score | None = None) -> Plan:
     """Importance ranking: one order for the residual stream, one order per layer for neurons, heads and experts.
 
     Source: Weight Subcloning (2312.09299), section 3. Whole heads move, and query heads only with their kv head.
@@ -20,15 +22,16 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     Args:
         request: What is asked.
         rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
-        score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
-            Inside fused experts and factorised embeddings no activation can be seen: they go by magnitude.
+        score: A name in `SCORES`, or a score itself; mean absolute activation where there is calibration data, else
+            weight magnitude. Inside fused experts and factorised embeddings no activation can be seen: they go by
+            magnitude.
 
     Raises:
         PlanError: an unknown score.
         SizeError: query heads that no selection of whole kv groups gives.
     """
-    if score is not None and score not in SCORES:
-        raise PlanError(f"score={score!r} is unknown; known are {', '.join(SCORES)}")
+    if score is not None:
+        score_of(score)
     request.check_heads()
     by = score or ("activation" if request.calibrated else "magnitude")
     before, after = request.before, request.after
@@ -37,8 +40,8 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     def ranked(axis: str) -> AxisMap:
         if before[axis] == after[axis]:
             return Gather(tuple(range(after[axis])), before[axis])
-        seen = kind_of(axis) in (HIDDEN, FFN, KV_HEADS, HEADS)
-        return Rank(after[axis], before[axis], by if seen or by != "activation" else "magnitude")
+        blind = isinstance(by, str) and by not in DATA_FREE and kind_of(axis) not in SEEN
+        return Rank(after[axis], before[axis], "magnitude" if blind else by)
 
     for axis in (axis for axis in request.axes if axis not in maps):
         maps |= dict.fromkeys(request.places(axis), ranked(axis))
@@ -46,3 +49,4 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
 
 
 subclone.layer_policy = "middle_dropped"  # type: ignore[attr-defined]
+subclone.wants = ("mean_abs", "routes")  # type: ignore[attr-defined]
