@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_ws.axes import HEADS, KV_HEADS, kind_of, parse, sibling
-from hf_ws.errors import CheckpointError, PlanError
+from hf_ws.axes import EXPERTS, HEADS, KV_HEADS, kind_of, parse, sibling
+from hf_ws.errors import CalibrationError, CheckpointError, PlanError
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate, certify, generic, in_layer, select, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
@@ -74,12 +74,23 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
 
 def wanted(plan: Plan) -> tuple[str, ...]:
     """What `calibrate` has to collect for this plan to be settled."""
-    ranks = [axis_map for axis_map in plan.maps.values() if isinstance(axis_map, Rank)]
-    return tuple(dict.fromkeys(name for rank in ranks for name in wants_of(rank.score)))
+    found: dict[str, None] = {}
+    for key, rank in plan.maps.items():
+        if isinstance(rank, Rank):
+            routed = (
+                kind_of(key.partition("@")[0]) == EXPERTS
+            )  # what our scores ask of experts, and only of them
+            wants = wants_of(rank.score)
+            found |= dict.fromkeys(n for n in wants if callable(rank.score) or (n == "routes") == routed)
+    return tuple(found)
 
 
 def _scored(known: Known, axis: str, layer: int | str | None, rank: Rank) -> Tensor:
     """What a score says of one axis, checked: float64 [size]."""
+    if known.evidence is None and wants_of(rank.score):
+        raise CalibrationError(
+            f"scores by {rank.by} need calibration data; pass calibration=, or score='magnitude'"
+        )
     found = score_of(rank.score)(known, axis, layer)
     size, where = (
         sizes_of(known.source.config)[axis],

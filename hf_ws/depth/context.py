@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hf_ws.axes import layer_key
 from hf_ws.evidence import Evidence
-from hf_ws.evidence.observe import Observation
+from hf_ws.evidence.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,7 @@ class Known:
             CalibrationError: there is no evidence, or it lacks the statistic.
         """
         if self.evidence is None:
-            raise CalibrationError(
-                f"scores by {NAMES.get(statistic, statistic)} need calibration data; pass calibration=, or "
-                "score='magnitude'"
-            )
+            raise CalibrationError(f"{statistic} of {axis} needs calibration data; pass calibration=")
         if kind_of(axis) == EXPERTS and layer is not None:
             found = self.evidence.route_weights.get(layer)
         else:
@@ -44,7 +41,3 @@ class Known:
         if found is None:
             logger.info("%s of layer %s: no activation to be seen, ranked by weight magnitude", axis, layer)
         return found
-
-
-NAMES = {"mean_abs": "activation", "rms": "l2_activation"}
-"""Statistics that are called otherwise as scores."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_ws.axes import parse
+from hf_ws.axes import EXPERTS, kind_of, parse
 from hf_ws.evidence import by_axis
 from hf_ws.layouts import generic
 from hf_ws.scores.known import Known
@@ -17,15 +17,18 @@ def weighted_activation(known: Known, axis: str, layer: int | str | None) -> Ten
     """Root mean square of each activation times the root mean square of the weights that read it.
 
     Of the residual stream, block by block: the stream behind a block with the matrices in it, and then summed. Where no
-    activation is seen, or nothing is known to read it, by weight magnitude.
+    activation is seen, or nothing is known to read it, by weight magnitude; of experts, the router's mean weight.
 
     Source: Wanda (2306.11695), section 3, |W_ij| times the L2 norm of input j, gathered over the rows of each matrix.
 
     Raises:
         CalibrationError: there is no evidence.
     """
-    if known.seen("rms", axis, layer) is None or known.evidence is None:
+    whole = known.seen("rms", axis, layer)
+    if whole is None:
         return magnitude(known, axis, layer)
+    if kind_of(axis) == EXPERTS:
+        return whole
     readers = _readers(known, axis)
     layers = [one for one in readers if layer in (None, one)]
     total = torch.zeros(sizes_of(known.source.config)[axis], dtype=torch.float64)
