@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws import store
 from hf_ws.axes import AXES, LAYERS, kind_of
 from hf_ws.compensation import COMPENSATIONS
-from hf_ws.depth import LayerPolicy, kept_layers
+from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
+from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
 from hf_ws.errors import PlanError, UnsupportedArchitectureError, unknown
-from hf_ws.evidence import calibrate
+from hf_ws.evidence import Observation, observe
 from hf_ws.layouts import Certificate
 from hf_ws.layouts import certify as certify_class
-from hf_ws.layouts.census import census, check_census, check_same_parts
+from hf_ws.layouts.census import Shapes, census, check_census, check_same_parts, wanting_the_first
 from hf_ws.layouts.stacks import led
 from hf_ws.methods import METHODS, Method, Request
 from hf_ws.plan import Plan, Rank
+from hf_ws.scores import wants_of as score_wants
 from hf_ws.sizes import sizes_of
 from hf_ws.transfer import apply, settle, wanted
 
@@ -94,10 +96,10 @@ class AutoSubclone:
             experts: Routed experts in a layer.
             method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`.
             method_args: The method's own options, such as `{"rescale": False}`.
-            layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers`, or the list of source layers
-                to keep; the method's own policy if None.
-            calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, or an iterable of model inputs;
-                methods that rank by activation, or turn the stream, look at it.
+            layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
+                of source layers to keep; the method's own policy if None.
+            calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, an iterable of model inputs, or
+                the `Evidence` that `calibrate` gave; methods that rank by activation, or turn the stream, look at it.
             compensation: Names in `COMPENSATIONS`: what is done with that data against what the maps lose, in this
                 order; the method's own if None.
             seed: Of everything random: drawn indices and freshly initialised weights.
@@ -120,8 +122,7 @@ class AutoSubclone:
         """
         ask = _Ask.of(locals())
         with store.open_source(source, model_class=model_class, **ask.where) as opened:
-            plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
-            plan = _settled(plan, opened, ask)
+            plan = _settled_plan(opened, _label(source), ask)
             model = apply(plan, opened, device=device)
         model.hf_ws_plan = plan  # how it was made, for whoever saves or distils it; no part of the checkpoint
         return model
@@ -164,8 +165,7 @@ class AutoSubclone:
         ask = _Ask.of(locals())
         if calibration is not None:
             with store.open_source(source, model_class=model_class, **ask.where) as opened:
-                plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
-                return _settled(plan, opened, ask)
+                return _settled_plan(opened, _label(source), ask)
         if isinstance(source, PreTrainedModel):
             return _planned(source.config, type(source), _label(source), None, ask)
         config = store.load_config(source, **ask.where)
@@ -200,7 +200,7 @@ def apply_plan(
     ) as opened:
         if calibration is not None and not plan.wants_data:
             raise PlanError(f"this {plan.method} plan ranks nothing by activation: leave calibration= out")
-        settled = _settled(plan, opened, _Ask(calibration=calibration, device=device))
+        settled = _settled(plan, opened, _observed(opened, _Ask(calibration=calibration, device=device)))
         if (asked := _dtype(dtype)) is not None:
             values = {**plan.target_config, "dtype": str(asked).removeprefix("torch.")}
             settled = replace(settled, target_config=values)
@@ -253,6 +253,13 @@ class _Ask:
             reason = str(error).splitlines()[0]
             raise PlanError(f"device={self.device!r} cannot be used here: {reason}") from None
 
+    @property
+    def policy(self) -> str | LayerPolicy | Sequence[int]:
+        """The layer policy asked for, or the method's own."""
+        if self.layer_policy is not None:
+            return self.layer_policy
+        return getattr(_method(self.method, self.method_args), "layer_policy", "first")
+
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> _Ask:
         source, dtype = arguments["source"], arguments["dtype"]
@@ -268,17 +275,41 @@ class _Ask:
         )
 
 
+def _settled_plan(opened: store.Source, name: str, ask: _Ask) -> Plan:
+    """The plan with nothing open; one pass over the calibration data collects what policy and method want."""
+    observed = _observed(opened, ask)
+    plan = _planned(opened.config, opened.model_class, name, opened.revision, ask, observed)
+    return _settled(plan, opened, observed)
+
+
+def _observed(opened: store.Source, ask: _Ask) -> Observation | None:
+    """The source on the calibration data, run when something is first asked of it; None without data."""
+    if ask.calibration is None:
+        return None
+    wants = (*(policy_wants(ask.policy) or ()), *getattr(_method(ask.method, ask.method_args), "wants", ()))
+    if (score := ask.method_args.get("score")) is not None:
+        wants += score_wants(score)
+    if _compensation(ask, _method(ask.method, ask.method_args)):
+        wants += ("moments",)
+    return observe(opened, ask.calibration, wants, ask.device)
+
+
 def _planned(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: _Ask
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    name: str,
+    revision: str | None,
+    ask: _Ask,
+    observed: Observation | None = None,
 ) -> Plan:
-    """The plan that the method makes of these arguments; reads no weights."""
+    """The plan that the method makes of these arguments; only a layer policy may run the source's model."""
     method = _method(ask.method, ask.method_args)
     certificate = certify_class(model_class, config)
     sizes, fields = read_request(config, ask.sizes, ask.fields)
     depths = sizes_of(config)
     stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
     grows = bool(getattr(method, "grows", False))
-    policy = getattr(method, "layer_policy", "first") if ask.layer_policy is None else ask.layer_policy
+    policy = ask.policy
     if isinstance(policy, Sequence) and not isinstance(policy, str) and LAYERS not in stacks:
         raise PlanError(
             f"layer_policy names layers, but there are several stacks: {', '.join(stacks)}; name a policy"
@@ -289,15 +320,23 @@ def _planned(
             depths[axis],
             sizes.pop(axis, None),
             grows,
+            None if observed is None else Context(axis, observed, policy_wants(policy) or ()),
         )
         for axis in stacks
     }
     for axis in led(certificate.stacks) & kept.keys():
-        kept[axis] = _behind_the_first(axis, kept[axis], depths[axis])
-    target = derive_config(config, kept=kept, **fields, **sizes)
-    target.architectures = [model_class.__name__]
-    target.dtype = ask.dtype or config.dtype
-    before, after = census(model_class, config), census(model_class, target)
+        kept[axis] = behind_the_first(axis, kept[axis], depths[axis])
+
+    def derived() -> tuple[PreTrainedConfig, Shapes]:
+        target = derive_config(config, kept=kept, **fields, **sizes)
+        target.architectures = [model_class.__name__]
+        target.dtype = ask.dtype or config.dtype
+        return target, census(model_class, target)
+
+    before, (target, after) = census(model_class, config), derived()
+    for axis in wanting_the_first(before, after, kept, certificate):
+        kept[axis] = behind_the_first(axis, kept[axis], depths[axis])
+        target, after = derived()
     request = Request(
         source=name,
         revision=revision,
@@ -326,28 +365,14 @@ def _planned(
     return plan
 
 
-def _behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, ...]:
-    """The kept layers of a stack whose first layer has other shapes: that one first, then only others."""
-    if depth == 1 and len(kept) > 1:
-        raise PlanError(
-            f"{axis}={len(kept)}: its one layer is unlike any that could follow it; leave it at 1"
-        )
-    return (0, *(max(1, layer) for layer in kept[1:]))
-
-
-def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
+def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> Plan:
     """The plan with nothing open, the source's model run over the calibration data if that is what it takes."""
     if plan.is_settled:
         return settle(plan, opened)
     evidence = None
-    if ask.calibration is not None and plan.wants_data:
-        model = opened.model()
-        if opened.files is not None:  # a live source stays where its owner put it
-            model = model.to(ask.device or "cpu")
-        evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened), wants=wanted(plan))
-    elif ask.calibration is None and any(
-        isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()
-    ):
+    if observed is not None and plan.wants_data:
+        evidence = observed.evidence(wanted(plan))
+    elif observed is None and any(isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()):
         logger.warning(
             "no calibration data: ranked by weight magnitude. Importance by activation is the better start; "
             "pass calibration= with some text"
@@ -367,16 +392,6 @@ def _compensation(ask: _Ask, method: Method) -> tuple[str, ...]:
 
 def _label(source: SourceLike) -> str:
     return type(source).__name__ if isinstance(source, PreTrainedModel) else str(source)
-
-
-def _tokenizer(opened: store.Source) -> PreTrainedTokenizerBase | None:
-    if opened.files is None or not list(opened.files.glob("*token*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(opened.files, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever keeps it from loading matters only if there are texts to tokenize
-        logger.warning("the source's tokenizer cannot be loaded: %s", " ".join(str(error).split()))
-        return None
 
 
 def _name(method: str | Method) -> str:

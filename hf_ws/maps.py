@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+DATA_FREE = frozenset({"magnitude", "random", "uniform"})
+"""The scores in `hf_ws.scores.SCORES` that need no calibration data."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,31 @@ class Rank:
     keep: int
     size: int
     """The axis's length in the source."""
-    score: str
-    """A name in `hf_ws.scores.SCORES`."""
+    score: str | Callable[..., Any]
+    """A name in `hf_ws.scores.SCORES`, or a score itself."""
 
     def __len__(self) -> int:
         return self.keep
 
+    @property
+    def by(self) -> str:
+        """What the score is called."""
+        return called(self.score)
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether the score looks at more than weights."""
+        if isinstance(self.score, str):
+            return self.score not in DATA_FREE
+        return bool(getattr(self.score, "wants", ()))
+
     def __str__(self) -> str:
-        return "all" if self.keep == self.size else f"the {self.keep} of {self.size} highest by {self.score}"
+        return "all" if self.keep == self.size else f"the {self.keep} of {self.size} highest by {self.by}"
+
+
+def called(thing: str | Callable[..., Any]) -> str:
+    """The name of what may be named, or be the callable itself."""
+    return thing if isinstance(thing, str) else getattr(thing, "__name__", type(thing).__name__)
 
 
 @dataclass(frozen=True)

@@ -226,10 +226,7 @@ class Plan:
     @property
     def wants_data(self) -> bool:
         """Whether something is still open that looks at more than weights."""
-        looks = (
-            isinstance(m, Turn) or (isinstance(m, Rank) and m.score != "magnitude")
-            for m in self.maps.values()
-        )
+        looks = (isinstance(m, Turn) or (isinstance(m, Rank) and m.wants_data) for m in self.maps.values())
         return any(looks) or bool(self.compensation)
 
     def with_maps(self, maps: Mapping[str, AxisMap], **changes: Any) -> Plan:
@@ -257,7 +254,14 @@ class Plan:
 
         Raises:
             OutputError: the files cannot be written.
+            PlanError: a callable is still to rank.
         """
+        for key, axis_map in self.maps.items():
+            if isinstance(axis_map, Rank) and callable(axis_map.score):
+                raise PlanError(
+                    f"{key} is still to be ranked by {axis_map.by}, a function, which cannot be saved; "
+                    "make the plan with calibration=, or save what `from_pretrained` leaves in model.hf_ws_plan"
+                )
         path, arrays = Path(path), dict[str, np.ndarray]()
         values = {own.name: getattr(self, own.name) for own in fields(self)} | {"format": FORMAT}
         for name in ("maps", "folds", "refits"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_ws.axes import HEADS, KV_HEADS, Dim, Layout, kind_of, parse, sibling, split_key
+from hf_ws.axes import EXPERTS, HEADS, KV_HEADS, Dim, Layout, kind_of, parse, sibling, split_key
 from hf_ws.compensation import COMPENSATIONS
 from hf_ws.errors import CalibrationError, CheckpointError, PlanError
 from hf_ws.evidence import Evidence
@@ -21,7 +22,7 @@ from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.layouts.select import Sides, along
 from hf_ws.layouts.turn import turned
 from hf_ws.plan import AxisMap, Dense, Gather, Plan, Rank, Turn
-from hf_ws.scores import SCORES
+from hf_ws.scores import Known, score_of, wants_of
 from hf_ws.sizes import sizes_of
 from hf_ws.store import Source
 from hf_ws.turns import settle_turn
@@ -40,20 +41,14 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
     """
     certificate = _certificate(plan, source)
     maps: dict[str, AxisMap] = dict(plan.maps)
-    scores: dict[tuple[str, int | str | None, str], Tensor] = {}
+    scores: dict[tuple[str, int | str | None, Any], Tensor] = {}
 
-    def score(axis: str, layer: int | str | None, by: str) -> Tensor:
-        key = (axis, layer, by)
+    known = Known(source, certificate, evidence, plan.seed)
+
+    def score(axis: str, layer: int | str | None, rank: Rank) -> Tensor:
+        key = (axis, layer, rank.score)
         if key not in scores:
-            if by not in SCORES:
-                raise PlanError(f"score {by!r} is unknown; known are {', '.join(SCORES)}")
-            scores[key] = SCORES[by](source, certificate, evidence, axis, layer).double()
-            if not scores[key].isfinite().all():
-                where = "the whole model" if layer is None else f"layer {layer}"
-                raise CheckpointError(
-                    f"{source.name}: {axis} of {where} cannot be ranked by {by}, some scores are no finite numbers; "
-                    "the weights hold NaN or infinity, or the activations overflow"
-                )
+            scores[key] = _scored(known, axis, layer, rank)
         return scores[key]
 
     turns = {key: m for key, m in maps.items() if isinstance(m, Turn)}
@@ -71,7 +66,7 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         axis, _, scope = key.partition("@")
         layer = plan.source_layer(scope) if scope else None
         if kind_of(axis) == KV_HEADS:
-            of_heads = score(sibling(axis, HEADS), layer, axis_map.score)
+            of_heads = score(sibling(axis, HEADS), layer, axis_map)
             kept = _top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep)
         elif kind_of(axis) == HEADS:
             grouping = sibling(axis, KV_HEADS)
@@ -80,20 +75,14 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
                 raise PlanError(
                     f"{key} is ranked and its {grouping} have no map; a method gives both or neither"
                 )
-            kept = _heads(score(axis, layer, axis_map.score), groups, axis_map.keep)
+            kept = _heads(score(axis, layer, axis_map), groups, axis_map.keep)
         else:
-            kept = _top(score(axis, layer, axis_map.score), axis_map.keep)
-        maps[key] = Gather(kept, axis_map.size, axis_map.score)
+            kept = _top(score(axis, layer, axis_map), axis_map.keep)
+        maps[key] = Gather(kept, axis_map.size, axis_map.by)
     settled = plan.with_maps(maps, gains=gains, fingerprint=source.fingerprint)
     for name in plan.compensation:
         settled = COMPENSATIONS[name](settled, source, certificate, _needed(evidence, name))
     return replace(settled, compensation=(), compensated=(*plan.compensated, *plan.compensation))
-
-
-def wanted(plan: Plan) -> tuple[str, ...]:
-    """What `calibrate` has to collect for this plan to be settled."""
-    turned = any(isinstance(m, Turn) for m in plan.maps.values())
-    return ("mean_abs", "moments") if turned or plan.compensation else ("mean_abs",)
 
 
 def _needed(evidence: Evidence | None, what: str) -> Evidence:
@@ -103,6 +92,44 @@ def _needed(evidence: Evidence | None, what: str) -> Evidence:
             "texts or rows of token ids"
         )
     return evidence
+
+
+def wanted(plan: Plan) -> tuple[str, ...]:
+    """What `calibrate` has to collect for this plan to be settled."""
+    turned = any(isinstance(m, Turn) for m in plan.maps.values())
+    found = dict.fromkeys(["moments"] if turned or plan.compensation else [])
+    for key, rank in plan.maps.items():
+        if isinstance(rank, Rank):
+            routed = (
+                kind_of(key.partition("@")[0]) == EXPERTS
+            )  # what our scores ask of experts, and only of them
+            wants = wants_of(rank.score)
+            found |= dict.fromkeys(n for n in wants if callable(rank.score) or (n == "routes") == routed)
+    return tuple(found)
+
+
+def _scored(known: Known, axis: str, layer: int | str | None, rank: Rank) -> Tensor:
+    """What a score says of one axis, checked: float64 [size]."""
+    if known.evidence is None and wants_of(rank.score):
+        raise CalibrationError(
+            f"scores by {rank.by} need calibration data; pass calibration=, or score='magnitude'"
+        )
+    found = score_of(rank.score)(known, axis, layer)
+    size, where = (
+        sizes_of(known.source.config)[axis],
+        "the whole model" if layer is None else f"layer {layer}",
+    )
+    if not isinstance(found, Tensor) or found.shape != (size,):
+        came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise PlanError(
+            f"score {rank.by} gave {came} for {axis} of {where}; wanted is a tensor of shape {(size,)}"
+        )
+    if not found.isfinite().all():
+        raise CheckpointError(
+            f"{known.source.name}: {axis} of {where} cannot be ranked by {rank.by}, some scores are no finite numbers; "
+            "the weights hold NaN or infinity, or the activations overflow"
+        )
+    return found.double().cpu()
 
 
 def _top(scores: Tensor, keep: int) -> tuple[int, ...]:

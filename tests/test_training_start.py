@@ -126,7 +126,7 @@ def test_a_resumed_run_makes_the_same_start(source, tmp_path, monkeypatch) -> No
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("the source was ranked again")
 
-    monkeypatch.setattr("hf_ws.auto.calibrate", forbidden)
+    monkeypatch.setattr("hf_ws.evidence.observation.calibrate", forbidden)
     train(again)
     ours, theirs = (AutoModelForCausalLM.from_pretrained(one / "model").state_dict() for one in (run, whole))
     assert same(ours, theirs)

@@ -1,6 +1,16 @@
 """Layer policies: which layers of the source the target keeps.
 
-A policy takes the source's depth and the number to keep, and returns that many source layers in ascending order.
+A policy takes the source's depth and the number to keep, and returns that many source layers in ascending order:
+
+    def my_policy(depth, keep): ...
+
+One that looks at data carries `wants`, the names of the statistics it needs (`hf_ws.evidence.STATISTICS`; empty if it
+only asks for the loss), and takes a third argument, a `Context` with the evidence of its stack:
+
+    def my_policy(depth, keep, context): ...
+    my_policy.wants = ("similarity",)
+
+Each stack of a model (`encoder.layers`, `decoder.layers`) is asked for by itself.
 """
 
 from __future__ import annotations
@@ -8,18 +18,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_ws.depth.angular_distance import angular_distance
+from hf_ws.depth.block_influence import block_influence
+from hf_ws.depth.context import Context
+from hf_ws.depth.evenly_spaced import evenly_spaced
 from hf_ws.depth.first import first
+from hf_ws.depth.last import last
+from hf_ws.depth.loss_increase import loss_increase
 from hf_ws.depth.middle_dropped import middle_dropped
-from hf_ws.errors import PlanError, SizeError, unknown
+from hf_ws.errors import CalibrationError, PlanError, SizeError, unknown
 
-LayerPolicy = Callable[[int, int], tuple[int, ...]]
+LayerPolicy = Callable[..., tuple[int, ...]]
 
-POLICIES: dict[str, LayerPolicy] = {"first": first, "middle_dropped": middle_dropped}
+POLICIES: dict[str, LayerPolicy] = {
+    "first": first,
+    "last": last,
+    "middle_dropped": middle_dropped,
+    "evenly_spaced": evenly_spaced,
+    "block_influence": block_influence,
+    "angular_distance": angular_distance,
+    "loss_increase": loss_increase,
+}
 
-__all__ = ["POLICIES", "LayerPolicy", "first", "kept_layers", "middle_dropped"]
+__all__ = ["POLICIES", "Context", "LayerPolicy", "behind_the_first", "kept_layers", "wants_of", *POLICIES]
 
 
-def kept_layers(policy: Any, depth: int, asked: int | None, grows: bool) -> tuple[int, ...]:
+def wants_of(policy: Any) -> tuple[str, ...] | None:
+    """The statistics that a policy needs; None if it looks at no data."""
+    found = POLICIES.get(policy) if isinstance(policy, str) else policy
+    wants = getattr(found, "wants", None)
+    return None if wants is None else tuple(wants)
+
+
+def kept_layers(
+    policy: Any, depth: int, asked: int | None, grows: bool, context: Context | None = None
+) -> tuple[int, ...]:
     """The source layer of each target layer.
 
     Args:
@@ -27,8 +60,10 @@ def kept_layers(policy: Any, depth: int, asked: int | None, grows: bool) -> tupl
         depth: Layers of the source.
         asked: Layers of the target; None for as many.
         grows: Whether the method may repeat layers.
+        context: What a policy that looks at data is given; None where there is no calibration data.
 
     Raises:
+        CalibrationError: a policy that looks at data, and there is none.
         SizeError: layers that the source does not have, or that this method cannot give.
         PlanError: an unknown policy, or one that does not keep what it was asked to.
     """
@@ -46,9 +81,7 @@ def kept_layers(policy: Any, depth: int, asked: int | None, grows: bool) -> tupl
                     f"layers={keep} is more than the source's {depth}, and this method cannot grow"
                 )
             return (*range(depth), *[depth - 1] * (keep - depth))
-        if not callable(policy) and not (isinstance(policy, str) and policy in POLICIES):
-            raise unknown("layer_policy", policy, POLICIES)
-        kept = tuple((policy if callable(policy) else POLICIES[policy])(depth, keep))
+        kept = _chosen(policy, depth, keep, context)
         if len(kept) != keep:
             raise PlanError(
                 f"layer_policy {policy!r} kept {len(kept)} layers, {keep} were asked for: {list(kept)}"
@@ -60,3 +93,29 @@ def kept_layers(policy: Any, depth: int, asked: int | None, grows: bool) -> tupl
             f"layers {list(kept)} are not in ascending order, or repeat; this method only drops layers"
         )
     return kept
+
+
+def _chosen(policy: Any, depth: int, keep: int, context: Context | None) -> tuple[int, ...]:
+    if not callable(policy) and not (isinstance(policy, str) and policy in POLICIES):
+        raise unknown("layer_policy", policy, POLICIES)
+    found = policy if callable(policy) else POLICIES[policy]
+    if wants_of(found) is None:
+        return tuple(found(depth, keep))
+    if keep == depth:
+        return tuple(range(depth))
+    if context is None:
+        name = policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+        static = ", ".join(name for name in POLICIES if wants_of(name) is None)
+        raise CalibrationError(
+            f"layer_policy {name} looks at calibration data, and there is none; pass calibration=, or one of {static}"
+        )
+    return tuple(found(depth, keep, context))
+
+
+def behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The kept layers of a stack whose first layer has other shapes: that one first, then only others."""
+    if depth == 1 and len(kept) > 1:
+        raise PlanError(
+            f"{axis}={len(kept)}: its one layer is unlike any that could follow it; leave it at 1"
+        )
+    return (0, *(max(1, layer) for layer in kept[1:]))

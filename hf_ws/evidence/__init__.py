@@ -9,8 +9,23 @@ reads `(heads head_dim)` each head's context; every block's output is the residu
 """
 
 from hf_ws.evidence.calibrate import calibrate
-from hf_ws.evidence.data import BATCH, BLOCK
+from hf_ws.evidence.data import BATCH, BLOCK, calibration_inputs
+from hf_ws.evidence.loss import loss_without
+from hf_ws.evidence.observation import Observation, observe, tokenizer_of
 from hf_ws.evidence.record import STATISTICS, Evidence, Moments
 from hf_ws.evidence.sites import by_axis
 
-__all__ = ["BATCH", "BLOCK", "STATISTICS", "Evidence", "Moments", "by_axis", "calibrate"]
+__all__ = [
+    "BATCH",
+    "BLOCK",
+    "STATISTICS",
+    "Evidence",
+    "Moments",
+    "Observation",
+    "by_axis",
+    "calibrate",
+    "calibration_inputs",
+    "loss_without",
+    "observe",
+    "tokenizer_of",
+]

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_ws.axes import POSITIONS
 from hf_ws.errors import CalibrationError, unknown
 from hf_ws.evidence import sites
+from hf_ws.evidence.cache import Cache
 from hf_ws.evidence.collect import Collector
-from hf_ws.evidence.data import check_ids, inputs_of
+from hf_ws.evidence.data import calibration_inputs
+from hf_ws.evidence.fingerprint import fingerprint
 from hf_ws.evidence.finish import finish
+from hf_ws.evidence.loss import summed_loss, with_labels
 from hf_ws.evidence.record import STATISTICS, Evidence
-from hf_ws.evidence.sums import Sums
+from hf_ws.evidence.sums import Sums, share
 from hf_ws.layouts import Certificate, certify
 from hf_ws.sizes import sizes_of
 
@@ -32,6 +33,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     certificate: Certificate | None = None,
     wants: tuple[str, ...] = ("mean_abs",),
+    cache: str | Path | None = None,
 ) -> Evidence:
     """Run `model` over `data` and average what it does.
 
@@ -47,45 +49,29 @@ def calibrate(
         wants: Which of `STATISTICS`; `mean_abs` is always there. `moments` cost memory and time in the square of
             each width. `taylor` runs backwards too and holds the activations of a whole batch; it takes the loss of
             the labels in the data, of a causal language model without any that of the next token.
+        cache: A file that the sums are written to every now and then, and read from: a calibration that was killed
+            goes on where it was, and one that is done is not run again.
 
     Raises:
-        CalibrationError: there is no data, texts came without a tokenizer, an unknown statistic is wanted, or
-            `taylor` of a model that gives no loss.
+        CalibrationError: there is no data, texts came without a tokenizer, an unknown statistic is wanted,
+            `taylor` of a model that gives no loss, or the cache is of another model, data, code or `wants`.
+        OutputError: the cache cannot be written.
     """
     wants = _checked(wants)
     certificate = certificate or certify(type(model), model.config)
-    longest = sizes_of(model.config)[POSITIONS] if POSITIONS in certificate.occurring else None
-    rank, processes = share()
-    sums = Sums()
-    collector = Collector(model, certificate, wants, sums)
-    training = {module: module.training for module in model.modules()}
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)  # Taylor terms are of activations: no weight's gradient is computed
-    try:
-        with torch.set_grad_enabled("taylor" in wants), collector:
-            batches = list(inputs_of(data, tokenizer, longest))
-            # All of them in every process: one that stopped alone would leave the others waiting.
-            for inputs in batches:
-                check_ids(inputs.get("input_ids"), model.config, longest)
-            own = batches[rank::processes]
-            for inputs in tqdm(own, desc="calibrating", unit="batch", delay=2, disable=rank > 0):
-                _run(model, inputs, collector, wants, certificate)
-    finally:
-        for module, was in training.items():
-            module.training = was
-        for parameter, did in trained.items():
-            parameter.requires_grad_(did)
-    sums.gather(processes)
+    # All batches in every process: one that stopped alone would leave the others waiting.
+    batches = calibration_inputs(model.config, data, tokenizer, certificate)
+    of = fingerprint(model, batches, wants)
+    kept = None if cache is None else Cache(cache, of)
+    sums, done, complete = (Sums(), 0, False) if kept is None else kept.load()
+    if not complete:
+        _collect(model, batches, Collector(model, certificate, wants, sums), done, kept)
+        sums.gather(share()[1])
+        if kept is not None:
+            kept.finish(sums)
     readers = [site for own in sites.readers(model, certificate).values() for site in own]
     blocks = [site for site, _ in sites.blocks(model, certificate).values()]
-    return finish(sums, [*readers, *blocks], sizes_of(model.config), wants)
-
-
-def share() -> tuple[int, int]:
-    """Which of how many processes this is."""
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return finish(sums, [*readers, *blocks], sizes_of(model.config), wants, of)
 
 
 def _checked(wants: tuple[str, ...]) -> tuple[str, ...]:
@@ -96,53 +82,57 @@ def _checked(wants: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in ("mean_abs", *wants))
 
 
-def _run(
+def _collect(
     model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
     collector: Collector,
-    wants: tuple[str, ...],
-    certificate: Certificate,
+    done: int,
+    cache: Cache | None,
 ) -> None:
+    """Run this process's share of the batches, less those that are done; the model is left as it was."""
+    training = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)  # Taylor terms are of activations: no weight's gradient is computed
+    rank, processes = share()
+    own = batches[rank::processes]
+    bar = tqdm(own, desc="calibrating", unit="batch", delay=2, disable=rank > 0)
+    try:
+        with torch.set_grad_enabled("taylor" in collector.wants), collector:
+            for number, inputs in enumerate(bar, 1):
+                if number > done:
+                    _run(model, inputs, collector)
+                    if cache is not None:
+                        cache.keep(collector.sums, number)
+    finally:
+        for module, was in training.items():
+            module.training = was
+        for parameter, did in trained.items():
+            parameter.requires_grad_(did)
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], collector: Collector) -> None:
     """One batch, forwards and, for Taylor terms, backwards."""
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     collector.mask = moved.get("attention_mask")
-    if "taylor" in wants:
-        moved = _with_labels(model, moved)
+    taylor = "taylor" in collector.wants
+    if taylor:
+        moved = with_labels(model, moved)
     # Without labels no logits are looked at: of one token they cost nothing, of all they are larger than all else.
     spare = "labels" not in moved and "logits_to_keep" in signature(model.forward).parameters
-    collector.only_last = spare and "moments" in wants and certificate.head is not None
+    collector.only_last = spare and "moments" in collector.wants and collector.sees_head
     output = model(**moved, **({"logits_to_keep": 1} if spare and not collector.only_last else {}))
-    if "taylor" in wants:
+    if taylor:
         _backward(model, output, moved["labels"], collector.leaves)
     collector.end_batch()
 
 
-def _with_labels(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "labels" in inputs:
-        return inputs
-    if not _is_causal(model) or "input_ids" not in inputs:
-        raise CalibrationError(
-            f"Taylor terms of {type(model).__name__} need a loss: give the calibration data as the model's inputs, "
-            "labels= among them"
-        )
-    labels = inputs["input_ids"]
-    if (mask := inputs.get("attention_mask")) is not None:
-        labels = labels.masked_fill(mask == 0, -100)
-    return inputs | {"labels": labels}
-
-
-def _is_causal(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
 def _backward(model: PreTrainedModel, output: Any, labels: Tensor, leaves: list[Tensor]) -> None:
     """Gradients of the loss summed over tokens, into the watched activations and nothing else."""
-    loss = getattr(output, "loss", None)
-    if loss is None or not loss.requires_grad:
-        raise CalibrationError(f"{type(model).__name__} gives no loss that depends on its activations")
-    counted = (
-        (labels[..., _is_causal(model) :] != -100).sum().clamp(min=1)
-    )  # the first token is not predicted
-    torch.autograd.backward(loss.float() * counted, inputs=leaves)
+    loss, _ = summed_loss(model, output, labels)
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"{type(model).__name__} gives a loss that depends on none of its neurons and heads"
+        )
+    torch.autograd.backward(loss, inputs=leaves)
     for leaf in leaves:
         leaf.grad = None

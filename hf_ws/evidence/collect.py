@@ -31,7 +31,9 @@ class Collector:
         """Whether the head is to see the last token alone: its input is counted, its logits are not looked at."""
         self.leaves: list[Tensor] = []
         """Where gradients begin in the batch that runs, if they are wanted."""
-        self._model, self._certificate, self._wants, self._sums = model, certificate, wants, sums
+        self._model, self._certificate, self.wants, self.sums = model, certificate, wants, sums
+        self.sees_head = certificate.head in sites.inputs(model, certificate).values()
+        """Whether what the head reads has moments."""
         self._sizes = sizes_of(model.config)
         self._hooks: list[Any] = []
         self._recent: list[tuple[Tensor, str]] = []
@@ -44,10 +46,10 @@ class Collector:
         for name, (site, counts) in sites.blocks(self._model, self._certificate).items():
             hook = modules[name].register_forward_hook(self._block(site, counts), with_kwargs=True)
             self._hooks.append(hook)
-        if "moments" in self._wants:
+        if "moments" in self.wants:
             for name, parameter in sites.inputs(self._model, self._certificate).items():
                 self._before(modules[name], self._input(parameter))
-        if "routes" in self._wants:
+        if "routes" in self.wants:
             for name, (axis, layer) in sites.experts(self._model, self._certificate).items():
                 hook = modules[name].register_forward_pre_hook(self._routed(axis, layer), with_kwargs=True)
                 self._hooks.append(hook)
@@ -90,7 +92,7 @@ class Collector:
     def _reader(self, own: tuple[Site, ...]) -> Callable[[Tensor], Tensor | None]:
         def see(values: Tensor) -> Tensor | None:
             leaf = None
-            if "taylor" in self._wants and not values.requires_grad:
+            if "taylor" in self.wants and not values.requires_grad:
                 leaf = values = (
                     values.detach().requires_grad_()
                 )  # gradients begin at the first that is watched
@@ -103,13 +105,13 @@ class Collector:
 
     def _add(self, site: Site, values: Tensor) -> None:
         flat = self._flat(values)
-        self._sums.add(f"count|{site.key}", float(len(flat)))
-        self._sums.add(f"abs|{site.key}", flat.abs().sum(0, dtype=torch.float64).cpu())
-        if {"mean", "variance"} & {*self._wants}:
-            self._sums.add(f"sum|{site.key}", flat.sum(0, dtype=torch.float64).cpu())
-        if {"rms", "variance"} & {*self._wants}:
-            self._sums.add(f"square|{site.key}", flat.double().square().sum(0).cpu())
-        if "taylor" in self._wants and values.requires_grad:
+        self.sums.add(f"count|{site.key}", float(len(flat)))
+        self.sums.add(f"abs|{site.key}", flat.abs().sum(0, dtype=torch.float64).cpu())
+        if {"mean", "variance"} & {*self.wants}:
+            self.sums.add(f"sum|{site.key}", flat.sum(0, dtype=torch.float64).cpu())
+        if {"rms", "variance"} & {*self.wants}:
+            self.sums.add(f"square|{site.key}", flat.double().square().sum(0).cpu())
+        if "taylor" in self.wants and values.requires_grad:
             seen = values.detach()
             values.register_hook(lambda gradient: self._add_taylor(site, seen, gradient))
 
@@ -120,7 +122,7 @@ class Collector:
             place = sites.place(site.dim, site.axis, self._sizes).to(product.device)
             summed = product.new_zeros(len(product), self._sizes[site.axis])
             product = summed.index_add_(1, place[place >= 0], product[:, place >= 0])
-        self._sums.add(f"taylor|{site.key}", product.abs().sum(0, dtype=torch.float64).cpu())
+        self.sums.add(f"taylor|{site.key}", product.abs().sum(0, dtype=torch.float64).cpu())
 
     # ------------------------------------------------------------------------------------------ blocks
 
@@ -138,11 +140,11 @@ class Collector:
 
     def _compare(self, site: Site, counts: str, before: Tensor, after: Tensor) -> None:
         """How far one block turns the stream."""
-        if "similarity" in self._wants:
+        if "similarity" in self.wants:
             cosines = torch.cosine_similarity(self._flat(before), self._flat(after), dim=-1)
-            self._sums.add(f"cosine|{site.layer}", cosines.sum(dtype=torch.float64).cpu())
-            self._sums.add(f"cosines|{site.layer}", float(len(cosines)))
-        if "angles" in self._wants:
+            self.sums.add(f"cosine|{site.layer}", cosines.sum(dtype=torch.float64).cpu())
+            self.sums.add(f"cosines|{site.layer}", float(len(cosines)))
+        if "angles" in self.wants:
             streams = self._boundaries.setdefault(counts, [])
             streams += [self._sample(before)] * (not streams) + [self._sample(after)]
 
@@ -158,8 +160,8 @@ class Collector:
             return  # a stack that runs more than once, or not whole
         stacked = torch.stack(streams, 1).cpu()  # [tokens, boundaries, width]
         cosines = (stacked @ stacked.mT).clamp(-1, 1)
-        self._sums.add(f"angle|{counts}", (cosines.arccos() / torch.pi).sum(0))
-        self._sums.add(f"angles|{counts}", float(len(stacked)))
+        self.sums.add(f"angle|{counts}", (cosines.arccos() / torch.pi).sum(0))
+        self.sums.add(f"angles|{counts}", float(len(stacked)))
 
     # ------------------------------------------------------------------------------------------ moments, routes
 
@@ -175,19 +177,19 @@ class Collector:
             if by is None:
                 self._add_moments(by := parameter, self._flat(values))
                 self._recent = [(values, parameter), *self._recent[: RECENT - 1]]
-            self._sums.add(f"read|{parameter}|{by}", 1.0)
+            self.sums.add(f"read|{parameter}|{by}", 1.0)
             return values[:, -1:] if head and self.only_last else None
 
         return see
 
     def _add_moments(self, key: str, flat: Tensor) -> None:
-        self._sums.add(f"tokens|{key}", float(len(flat)))
-        self._sums.add(f"first|{key}", flat.sum(0, dtype=torch.float64).cpu())
-        second = self._sums.get(f"second|{key}")
+        self.sums.add(f"tokens|{key}", float(len(flat)))
+        self.sums.add(f"first|{key}", flat.sum(0, dtype=torch.float64).cpu())
+        second = self.sums.get(f"second|{key}")
         if second is not None and flat.device == second.device:
             second.addmm_(flat.mT, flat)  # in place: the product alone would be as large again
         else:
-            self._sums.add(f"second|{key}", (flat.mT @ flat).cpu())
+            self.sums.add(f"second|{key}", (flat.mT @ flat).cpu())
 
     def _routed(self, axis: str, layer: int | str) -> Callable[..., None]:
         """Which experts the tokens go to: fused experts are told so, [tokens, chosen], and with which weights."""
@@ -217,6 +219,6 @@ class Collector:
             if weights.shape[1] == size:  # of every expert, not only of those chosen
                 weights = weights.gather(1, index.clamp(max=size - 1))
             weighted.index_add_(0, flat, weights.flatten().double())
-        self._sums.add(f"routed|{layer}", routed[:size].clone())
-        self._sums.add(f"weighted|{layer}", weighted[:size].clone())
-        self._sums.add(f"sent|{layer}", float(len(index)))
+        self.sums.add(f"routed|{layer}", routed[:size].clone())
+        self.sums.add(f"weighted|{layer}", weighted[:size].clone())
+        self.sums.add(f"sent|{layer}", float(len(index)))

@@ -10,11 +10,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_ws.axes import VOCAB
+from hf_ws.axes import POSITIONS, VOCAB
 from hf_ws.errors import CalibrationError
+from hf_ws.layouts import Certificate
 from hf_ws.sizes import sizes_of
 
 BLOCK, BATCH = 512, 8  # tokens in a calibration sequence made from text, and sequences in a forward pass
+
+
+def calibration_inputs(
+    config: PreTrainedConfig,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    certificate: Certificate | None = None,
+) -> list[dict[str, Tensor]]:
+    """Calibration data in any of its forms as keyword inputs of the model, checked; args and errors of `calibrate`.
+
+    Texts are cut, and ids refused, at the end of the position table; a certificate tells whether there is one.
+    """
+    tabled = certificate is None or POSITIONS in certificate.occurring
+    longest = sizes_of(config).get(POSITIONS) if tabled else None
+    batches = list(inputs_of(data, tokenizer, longest))
+    for inputs in batches:
+        check_ids(inputs.get("input_ids"), config, longest)
+    return batches
 
 
 def inputs_of(

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from hf_ws.axes import HIDDEN, kind_of
 from hf_ws.errors import CalibrationError
-from hf_ws.evidence.record import PER_AXIS, Evidence, Key, Moments
+from hf_ws.evidence.record import PER_AXIS, Evidence, Key, Moments, layer_of
 from hf_ws.evidence.sites import Site, by_axis
 from hf_ws.evidence.sums import Sums
 
 
-def finish(sums: Sums, seen: Iterable[Site], sizes: Mapping[str, int], wants: tuple[str, ...]) -> Evidence:
+def finish(
+    sums: Sums,
+    seen: Iterable[Site],
+    sizes: Mapping[str, int],
+    wants: tuple[str, ...],
+    fingerprint: Mapping[str, str],
+) -> Evidence:
     """The averages.
 
     Raises:
@@ -27,10 +33,11 @@ def finish(sums: Sums, seen: Iterable[Site], sizes: Mapping[str, int], wants: tu
         raise CalibrationError("no block ran on the calibration data; is it what this model takes?")
     return Evidence(
         wants=wants,
+        fingerprint=fingerprint,
         statistics={name: _statistic(name, sums, sites, sizes) for name in PER_AXIS if name in wants},
         moments=_moments(sums) if "moments" in wants else {},
         similarity={
-            _layer(key): float(total) / max(sums.number(f"cosines|{key}"), 1.0)
+            layer_of(key): float(total) / max(sums.number(f"cosines|{key}"), 1.0)
             for key, total in sums.under("cosine").items()
         },
         angles={
@@ -103,9 +110,5 @@ def _moments(sums: Sums) -> dict[str, Moments]:
 
 def _per_sent(sums: Sums, word: str) -> dict[int | str, Tensor]:
     return {
-        _layer(key): total / max(sums.number(f"sent|{key}"), 1.0) for key, total in sums.under(word).items()
+        layer_of(key): total / max(sums.number(f"sent|{key}"), 1.0) for key, total in sums.under(word).items()
     }
-
-
-def _layer(key: str) -> int | str:
-    return int(key) if key.isdigit() else key

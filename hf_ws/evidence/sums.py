@@ -42,3 +42,10 @@ class Sums(dict[str, Tensor]):
             for part in parts:
                 if part is not None:
                     self.add(key, part)
+
+
+def share() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()

@@ -61,6 +61,23 @@ def check_census(shapes: Shapes, config: PreTrainedConfig, certificate: Certific
             )
 
 
+def wanting_the_first(
+    source: Shapes, target: Shapes, kept: Mapping[str, Sequence[int]], certificate: Certificate
+) -> list[str]:
+    """The layer axes whose first layer always has something (T5's biases) that the one kept in its place has not."""
+    stacks, found = certificate.stacks.kept(kept), dict[str, None]()
+    for name in target:
+        pattern, layer = generic(name, stacks)
+        if layer is None or "*" not in pattern:
+            continue
+        axis, number = split_key(layer)
+        if axis in kept and number == 0 and kept[axis][0] != 0:
+            theirs = before(name, layer, certificate.stacks, kept)
+            if theirs not in source and name in source:
+                found[axis] = None
+    return [*found]
+
+
 def check_same_parts(
     source: Shapes, target: Shapes, kept: Mapping[str, Sequence[int]], certificate: Certificate
 ) -> None:

@@ -5,8 +5,9 @@
     AutoSubclone.from_pretrained("gpt2", hidden=384, method=my_method, method_args={"option": 2})
 
 A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none), `compensation`
-(names in `hf_ws.compensation.COMPENSATIONS`, likewise) and `grows` (True if it can make an axis longer than the
-source's).
+(names in `hf_ws.compensation.COMPENSATIONS`, likewise), `grows` (True if it can make an axis longer than the source's)
+and `wants` (what its plans will ask of calibration data, so that one pass collects it together with what the layer
+policy asks; see `hf_ws.evidence.STATISTICS`).
 """
 
 from __future__ import annotations

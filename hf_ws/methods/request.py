@@ -33,8 +33,8 @@ from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
-from hf_ws.maps import Fold
-from hf_ws.plan import AxisMap, Gather, Plan
+from hf_ws.maps import AxisMap, Fold, Gather, called
+from hf_ws.plan import Plan
 from hf_ws.sizes import field_of, nodes, owner, sizes_of
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class Request:
             fingerprint=None,
             model_class=self.certificate.model_class,
             method=self.method,
-            method_args=dict(self.method_args),
+            method_args={n: called(v) if callable(v) else v for n, v in self.method_args.items()},
             seed=self.seed,
             version=__version__,
             source_config=_plain(self.source_config),

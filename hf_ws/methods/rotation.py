@@ -11,9 +11,10 @@ from hf_ws.maps import Turn
 from hf_ws.methods.request import Request, logger
 from hf_ws.methods.subclone import ranked_maps
 from hf_ws.plan import Plan
+from hf_ws.scores import Score
 
 
-def rotation(request: Request, *, score: str | None = None) -> Plan:
+def rotation(request: Request, *, score: str | Score | None = None) -> Plan:
     """One orthonormal basis for the whole stream; heads and neurons by importance, as `subclone` keeps them.
 
     The basis is that of the leading eigenvectors of the stream's second moments, where it is normed in each kept
@@ -63,3 +64,4 @@ def rotation(request: Request, *, score: str | None = None) -> Plan:
 
 rotation.layer_policy = "middle_dropped"  # type: ignore[attr-defined]
 rotation.compensation = ("least_squares",)  # type: ignore[attr-defined]
+rotation.wants = ("moments",)  # type: ignore[attr-defined]

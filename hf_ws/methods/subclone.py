@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, kind_of
-from hf_ws.errors import PlanError
+from hf_ws.axes import EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, kind_of
+from hf_ws.maps import DATA_FREE, AxisMap, Gather, Rank
 from hf_ws.methods.request import Request
-from hf_ws.plan import AxisMap, Gather, Plan, Rank
-from hf_ws.scores import SCORES
+from hf_ws.plan import Plan
+from hf_ws.scores import Score, score_of
+
+SEEN = (HIDDEN, FFN, KV_HEADS, HEADS, EXPERTS)
+"""The axes whose activations, or routes, calibration sees."""
 
 
-def subclone(request: Request, *, rescale: bool = True, score: str | None = None) -> Plan:
+def subclone(request: Request, *, rescale: bool = True, score: str | Score | None = None) -> Plan:
     """Importance ranking: one order for the residual stream, one order per layer for neurons, heads and experts.
 
     Source: Weight Subcloning (2312.09299), section 3. Whole heads move, and query heads only with their kv head.
@@ -22,8 +25,9 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
     Args:
         request: What is asked.
         rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
-        score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
-            Inside fused experts and factorised embeddings no activation can be seen: they go by magnitude.
+        score: A name in `SCORES`, or a score itself; mean absolute activation where there is calibration data, else
+            weight magnitude. Inside fused experts and factorised embeddings no activation can be seen: they go by
+            magnitude.
 
     Raises:
         PlanError: an unknown score.
@@ -35,11 +39,11 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
 
 
 def ranked_maps(
-    request: Request, score: str | None, given: Mapping[str, AxisMap] | None = None
+    request: Request, score: str | Score | None, given: Mapping[str, AxisMap] | None = None
 ) -> dict[str, AxisMap]:
     """The maps of every axis but the `given` ones: the highest by a score, where a method may choose."""
-    if score is not None and score not in SCORES:
-        raise PlanError(f"score={score!r} is unknown; known are {', '.join(SCORES)}")
+    if score is not None:
+        score_of(score)
     by = score or ("activation" if request.calibrated else "magnitude")
     before, after = request.before, request.after
     maps = request.fixed_maps()
@@ -47,8 +51,8 @@ def ranked_maps(
     def ranked(axis: str) -> AxisMap:
         if before[axis] == after[axis]:
             return Gather(tuple(range(after[axis])), before[axis])
-        seen = kind_of(axis) in (HIDDEN, FFN, KV_HEADS, HEADS)
-        return Rank(after[axis], before[axis], by if seen or by != "activation" else "magnitude")
+        blind = isinstance(by, str) and by not in DATA_FREE and kind_of(axis) not in SEEN
+        return Rank(after[axis], before[axis], "magnitude" if blind else by)
 
     for axis in (axis for axis in request.axes if axis not in maps and axis not in (given or {})):
         maps |= dict.fromkeys(request.places(axis), ranked(axis))
@@ -56,3 +60,4 @@ def ranked_maps(
 
 
 subclone.layer_policy = "middle_dropped"  # type: ignore[attr-defined]
+subclone.wants = ("mean_abs", "routes")  # type: ignore[attr-defined]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_ws.axes import parse
-from hf_ws.evidence import Evidence, by_axis
-from hf_ws.layouts import Certificate, generic
+from hf_ws.evidence import by_axis
+from hf_ws.layouts import generic
+from hf_ws.scores.known import Known
 from hf_ws.sizes import sizes_of
 from hf_ws.store import Source
 
@@ -17,9 +18,7 @@ _MEANS: WeakKeyDictionary[Source, dict[str, list[Tensor]]] = WeakKeyDictionary()
 """Mean absolute weight along each dimension of each tensor: every axis asks, and each weight is read once."""
 
 
-def magnitude(
-    source: Source, certificate: Certificate, evidence: Evidence | None, axis: str, layer: int | str | None
-) -> Tensor:
+def magnitude(known: Known, axis: str, layer: int | str | None) -> Tensor:
     """Mean absolute weight of every matrix that touches each index, summed over them; needs no data.
 
     Gains and biases are left out: a norm's gains lie near one, matrices near 0.02, and they would drown them
@@ -28,6 +27,7 @@ def magnitude(
     Returns:
         Float64 [size of the axis].
     """
+    source, certificate = known.source, known.certificate
     sizes = sizes_of(source.config)
     total = torch.zeros(sizes[axis], dtype=torch.float64)
     for name in source.tensors:

@@ -1,0 +1,43 @@
+"""What a score may look at."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_ws.axes import EXPERTS, kind_of
+from hf_ws.errors import CalibrationError
+from hf_ws.evidence import Evidence
+from hf_ws.layouts import Certificate
+from hf_ws.store import Source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The source and what calibration saw of it."""
+
+    source: Source
+    certificate: Certificate
+    evidence: Evidence | None = None
+    """None without calibration data; else with everything that the score carries in `wants`."""
+    seed: int = 0
+
+    def seen(self, statistic: str, axis: str, layer: int | str | None) -> Tensor | None:
+        """A statistic of an axis, float64 [size]; of experts, the router's mean weight; None where nothing is seen.
+
+        Raises:
+            CalibrationError: there is no evidence, or it lacks the statistic.
+        """
+        if self.evidence is None:
+            raise CalibrationError(f"{statistic} of {axis} needs calibration data; pass calibration=")
+        if kind_of(axis) == EXPERTS and layer is not None:
+            found = self.evidence.route_weights.get(layer)
+        else:
+            found = self.evidence.statistic(statistic, axis, layer)
+        if found is None:
+            logger.info("%s of layer %s: no activation to be seen, ranked by weight magnitude", axis, layer)
+        return found
