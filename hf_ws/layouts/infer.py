@@ -333,7 +333,9 @@ def _reading(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int | 
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return (1,) if tensor.shape[1] > 1 or module.groups == 1 else (None,)
     last, before = tensor.ndim - 1, tensor.ndim - 2
-    if getattr(module, "is_transposed", False) is True and tensor.ndim == 3:  # experts that are stored as (in, out)
+    if (
+        getattr(module, "is_transposed", False) is True and tensor.ndim == 3
+    ):  # experts that are stored as (in, out)
         return (before, None, last)
     if (tensor.ndim >= 3 and tensor.shape[0] == 1) or _TABLE.search(
         name
