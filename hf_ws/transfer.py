@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_ws.axes import HEADS, KV_HEADS, Dim, Layout, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.compensation import COMPENSATIONS
@@ -25,6 +25,7 @@ from hf_ws.scores import SCORES
 from hf_ws.sizes import sizes_of
 from hf_ws.store import Source
 from hf_ws.turns import settle_turn
+from hf_ws.vocabulary import kept_tokens, renumbered
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def apply(plan: Plan, source: Source, *, device: torch.device | str | None = Non
     model = build_on_meta(source.model_class, config)
     tensors = _tensors(plan, source, model, dtype, device)
     _fill(model, tensors, plan.seed, dtype or torch.get_default_dtype())
-    _generation(model, source)
+    _generation(model, source, plan)
     return model.to(device or "cpu").eval()
 
 
@@ -327,14 +328,17 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: 
         vars(tensor).pop("_is_hf_initialized", None)
 
 
-def _generation(model: PreTrainedModel, source: Source) -> None:
-    """The source's generation settings, where the class generates and the source has some."""
+def _generation(model: PreTrainedModel, source: Source, plan: Plan) -> None:
+    """The source's generation settings, where the class generates and the source has some; ids as the plan has them."""
     if not model.can_generate():
         return
-    if source.files is None:
-        model.generation_config = GenerationConfig.from_dict(source.model().generation_config.to_dict())
-    elif (source.files / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.files)
+    new = {old: i for i, old in enumerate(kept_tokens(plan) or ())}
+    if (given := source.generation_config()) is not None:
+        for name, value in renumbered(given.to_dict(), new).items() if new else ():
+            setattr(given, name, value)
+        model.generation_config = given
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if (asked := getattr(model.config, name, None)) != getattr(source.config, name, None):
+        before = {name: getattr(source.config, name, None)}
+        before |= renumbered(before, new)
+        if (asked := getattr(model.config, name, None)) != before[name]:
             setattr(model.generation_config, name, asked)

@@ -36,6 +36,7 @@ from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.maps import Fold
 from hf_ws.plan import AxisMap, Gather, Plan
 from hf_ws.sizes import field_of, nodes, owner, sizes_of
+from hf_ws.vocabulary import BY_COUNT, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Request:
     """Whether evidence from data will be there when the plan is settled."""
     compensation: tuple[str, ...] = ()
     """What is to be done against what the maps lose."""
+    vocabulary: Vocabulary | None = None
+    """The tokens that stay, where they were chosen; the first ids else."""
 
     @cached_property
     def before(self) -> dict[str, int]:
@@ -105,8 +108,8 @@ class Request:
             SizeError: a smaller head_dim in a family whose rotary pairs cannot be told apart, or fewer heads where
                 they have slopes and share key/value heads too.
         """
-        maps: dict[str, AxisMap] = {}
-        for axis in self.axes:
+        maps = self._chosen_tokens()
+        for axis in (axis for axis in self.axes if axis not in maps):
             before, after = self.before[axis], self.after[axis]
             if after > before:
                 continue
@@ -129,6 +132,16 @@ class Request:
             maps[HEADS] = Gather(sloped, heads)
             maps[KV_HEADS] = maps[HEADS] if kv_heads == heads else Gather((0,), 1)
         return maps
+
+    def _chosen_tokens(self) -> dict[str, AxisMap]:
+        """The maps of a vocabulary that was chosen by counts, whatever the method."""
+        if self.vocabulary is None:
+            return {}
+        kept = self.vocabulary.kept
+        return {
+            axis: Gather(kept[:size], self.before[axis], BY_COUNT)
+            for axis, size in self.vocabulary.sizes(self.source_config).items()
+        }
 
     def check_fixed(self) -> None:
         """Refuse to change an axis that is not proven.
@@ -281,7 +294,7 @@ class Request:
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
             layers=dict(self.layers),
-            maps=dict(maps),
+            maps={**maps, **self._chosen_tokens()},
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,
             folds=dict(folds or {}),
