@@ -31,7 +31,7 @@ def keep(model: Mapping[str, Any], counts: Mapping[int, int], always: Collection
 
     spelled = {piece: letters(piece) for piece in vocab if piece}
     fixed = {vocab[piece] for piece, own in spelled.items() if len(own) == 1 or not vocab.keys() >= {*own}}
-    fixed |= {*always, vocab[model["unk_token"]]}
+    fixed |= {*always, *(i for piece, i in vocab.items() if piece == model["unk_token"])}
     return fixed | most_used({*vocab.values()} - fixed, counts, size - len(fixed))
 
 
