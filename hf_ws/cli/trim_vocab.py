@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,10 +63,14 @@ def trim_vocab(
     local = source if Path(source).expanduser().is_dir() else None
     store.check_output(output, local)
     quiet_unless_seen()
-    where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     documents = load_text(sources(data), split=split, column=column)
     with store.open_source(source, model_class=model_class, **where) as opened:
-        tokenizer = load_tokenizer(opened.files)
+        tokenizer = load_tokenizer(opened.files) if opened.files else None
         if tokenizer is None:
             raise PlanError(f"{source} has no tokenizer that could be loaded, so no vocabulary can be chosen")
         vocabulary = choose_vocabulary(

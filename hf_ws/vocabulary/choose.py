@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,12 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_ws.axes import VOCAB, kind_of
 from hf_ws.errors import CalibrationError, PlanError, SizeError
+from hf_ws.plan import Gather, Plan
 from hf_ws.sizes import nodes, sizes_of
 from hf_ws.vocabulary.ids import renumbered, token_ids
 from hf_ws.vocabulary.rewrite import read, with_ids
-
-if TYPE_CHECKING:
-    from hf_ws.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +142,7 @@ def choose_vocabulary(
 def kept_tokens(plan: Plan) -> tuple[int, ...] | None:
     """The ids that a plan keeps because they were chosen here; None where the tokenizer stays as it is."""
     found = plan.maps.get(VOCAB)
-    return found.index if getattr(found, "by", "") == BY_COUNT else None
+    return found.index if isinstance(found, Gather) and found.by == BY_COUNT else None
 
 
 def warn_of_first_ids(size: int | None, source: int | None) -> None:

@@ -59,7 +59,7 @@ def write_tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | Sequence[int], folder: str | Path
 ) -> PreTrainedTokenizerBase:
     """Write what `trim_tokenizer` gives to a folder, load it back and check its tokens. Raises as that does."""
-    kept: Sequence[int] = getattr(vocabulary, "kept", vocabulary)
+    kept = vocabulary if isinstance(vocabulary, Sequence) else vocabulary.kept
     new = {old: i for i, old in enumerate(kept)}
     values, algorithm = read(tokenizer)
     try:

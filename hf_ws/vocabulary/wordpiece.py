@@ -23,7 +23,7 @@ def keep(model: Mapping[str, Any], counts: Mapping[int, int], always: Collection
     vocab, prefix = model["vocab"], model["continuing_subword_prefix"]
 
     def letters(piece: str) -> list[str]:
-        first, *rest = piece.removeprefix(prefix) or piece
+        first, *rest = [*(piece.removeprefix(prefix) or piece)]
         return [
             prefix + first if piece != prefix and piece.startswith(prefix) else first,
             *(prefix + c for c in rest),
