@@ -76,8 +76,8 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
             kept = _top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep)
         elif kind_of(axis) == HEADS:
             grouping = sibling(axis, KV_HEADS)
-            groups = maps.get(f"{grouping}@{scope}" if scope else grouping)
-            if not isinstance(groups, Gather):
+            groups = maps.get(f"{grouping}@{scope}", maps.get(grouping))
+            if not isinstance(groups, Gather | Dense):
                 raise PlanError(
                     f"{key} is ranked and its {grouping} have no map; a method gives both or neither"
                 )
@@ -111,11 +111,12 @@ def _top(scores: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(sorted(best.tolist()))
 
 
-def _heads(scores: Tensor, groups: Gather, keep: int) -> tuple[int, ...]:
-    """In each kept kv group, the heads that score highest."""
-    inside = scores.view(groups.size, -1)
-    width = inside.shape[1]
-    return tuple(g * width + i for g in groups.index for i in _top(inside[g], keep // len(groups)))
+def _heads(scores: Tensor, groups: Gather | Dense, keep: int) -> tuple[int, ...]:
+    """In each kept kv group, or in each that neighbours are merged into, the heads that score highest."""
+    merged = isinstance(groups, Dense)
+    inside = scores.view(len(groups) if merged else groups.size, -1)
+    width, kept = inside.shape[1], range(len(groups)) if merged else groups.index
+    return tuple(g * width + i for g in kept for i in _top(inside[g], keep // len(groups)))
 
 
 def apply(plan: Plan, source: Source, *, device: torch.device | str | None = None) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ws.axes import Dim, Layout, Product, length, positions
+from hf_ws.axes import Dim, Layout, Product, Sum, length, positions
 
 Sides = tuple[np.ndarray, np.ndarray]
 """A dense map of an axis: what writes it is multiplied by the first matrix, what reads it by the second; each [target
@@ -95,14 +95,22 @@ def mix(tensor: Tensor, at: int, dim: Dim, sizes: Mapping[str, int], axis: str, 
     Args:
         tensor: In the sizes given.
         at: The dimension.
-        dim: What it consists of: the axis, or a product with the axis as one factor.
+        dim: What it consists of: the axis, a product with the axis as one factor, or a sum of such and others.
         sizes: Of the axes in `dim`.
         axis: The one that is mapped.
         matrix: What maps it.
 
     Raises:
-        ValueError: the axis lies inside a sum.
+        ValueError: the axis is no plain factor.
     """
+    if isinstance(dim.expression, Sum):
+        parts = [Dim(part, dim.reads) for part in dim.expression.parts]
+        split = tensor.split([length(part, sizes) for part in parts], dim=at)
+        own = [
+            mix(piece, at, part, sizes, axis, matrix) if axis in part.axes else piece
+            for piece, part in zip(split, parts, strict=True)
+        ]
+        return torch.cat([piece.to(torch.promote_types(tensor.dtype, torch.float32)) for piece in own], dim=at)
     factors = dim.expression.factors if isinstance(dim.expression, Product) else (dim.expression,)
     if factors.count(axis) != 1:
         raise ValueError(f"{axis} is no plain factor of {dim.expression}; no dense map can be applied to it")

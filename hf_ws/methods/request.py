@@ -34,6 +34,7 @@ from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.maps import Fold
+from hf_ws.methods.kv import copied
 from hf_ws.plan import AxisMap, Gather, Plan
 from hf_ws.sizes import field_of, nodes, owner, sizes_of
 from hf_ws.vocabulary import BY_COUNT, Vocabulary
@@ -108,7 +109,7 @@ class Request:
             SizeError: a smaller head_dim in a family whose rotary pairs cannot be told apart, or fewer heads where
                 they have slopes and share key/value heads too.
         """
-        maps = self._chosen_tokens()
+        maps: dict[str, AxisMap] = {**self._chosen_tokens(), **copied(self)}
         for axis in (axis for axis in self.axes if axis not in maps):
             before, after = self.before[axis], self.after[axis]
             if after > before:
@@ -173,16 +174,17 @@ class Request:
         )
 
     def check_growth(self) -> None:
-        """Refuse any axis longer than the source's; the labels alone may be new.
+        """Refuse any axis longer than the source's; labels may be new, and key/value heads copies.
 
         Raises:
             SizeError: naming every axis that grows.
         """
-        before, after = self.before, self.after
+        before, after, made = self.before, self.after, {LABELS, LAYERS}
+        made |= {KV_HEADS} if copied(self) else set()
         grown = [
             f"{axis} from {size} to {after[axis]}"
             for axis, size in before.items()
-            if after.get(axis, 0) > size and kind_of(axis) not in (LABELS, LAYERS) and (axis in self._sized())
+            if after.get(axis, 0) > size and kind_of(axis) not in made and (axis in self._sized())
         ]
         if not grown:
             return
@@ -202,13 +204,18 @@ class Request:
         heads = {axis for axis in self.before if kind_of(axis) in (HEADS, KV_HEADS, HEAD_DIM)}
         return {*self.certificate.occurring, *heads}
 
-    def check_heads(self) -> None:
+    def check_heads(self, but: Collection[str] = ()) -> None:
         """Refuse more query heads to a key/value head than the source has: selection would split a group.
+
+        Args:
+            but: Axes of key/value heads that are merged, where a group takes in its neighbours.
 
         Raises:
             SizeError: with the numbers that would do.
         """
-        for axis in (axis for axis in self.axes if kind_of(axis) == HEADS):
+        for axis in (
+            axis for axis in self.axes if kind_of(axis) == HEADS and sibling(axis, KV_HEADS) not in but
+        ):
             groups, wanted = sibling(axis, KV_HEADS), self.after[axis]
             width_before, width_after = self.before[axis] // self.before[groups], wanted // self.after[groups]
             if width_after > width_before:
@@ -216,7 +223,7 @@ class Request:
                 raise SizeError(
                     f"{wanted} query heads over {self.after[groups]} kv heads are {width_after} to a group, the "
                     f"source has {width_before}: query heads move only with their kv head. Ask for at least "
-                    f"{groups}={enough}"
+                    f"{groups}={enough}, or merge kv heads with method_args={{'kv_merge': 'mean'}}"
                 )
 
     def untied(self) -> Request:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, kind_of
 from hf_ws.errors import PlanError
+from hf_ws.methods.kv import merged
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan, Rank
 from hf_ws.scores import SCORES
 
 
-def subclone(request: Request, *, rescale: bool = True, score: str | None = None) -> Plan:
+def subclone(
+    request: Request, *, rescale: bool = True, score: str | None = None, kv_merge: str | None = None
+) -> Plan:
     """Importance ranking: one order for the residual stream, one order per layer for neurons, heads and experts.
 
     Source: Weight Subcloning (2312.09299), section 3. Whole heads move, and query heads only with their kv head.
@@ -24,13 +27,15 @@ def subclone(request: Request, *, rescale: bool = True, score: str | None = None
         rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
         score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
             Inside fused experts and factorised embeddings no activation can be seen: they go by magnitude.
+        kv_merge: `"mean"` makes fewer key/value heads the means of neighbours (2305.13245); None selects them.
 
     Raises:
-        PlanError: an unknown score.
+        PlanError: an unknown score or merge.
         SizeError: query heads that no selection of whole kv groups gives.
     """
-    request.check_heads()
-    maps = ranked_maps(request, score)
+    means = merged(request, kv_merge) if kv_merge else {}
+    request.check_heads(but=means)
+    maps = ranked_maps(request, score, means) | means
     return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
 
 
