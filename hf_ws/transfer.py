@@ -20,6 +20,8 @@ from hf_ws.layouts import Certificate, certify, generic, in_layer, select, tenso
 from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.layouts.select import Sides, along
 from hf_ws.layouts.turn import turned
+from hf_ws.maps import Blocks, Merge
+from hf_ws.merges import settle_merge
 from hf_ws.plan import AxisMap, Dense, Gather, Plan, Rank, Turn
 from hf_ws.scores import SCORES
 from hf_ws.sizes import sizes_of
@@ -77,7 +79,7 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         elif kind_of(axis) == HEADS:
             grouping = sibling(axis, KV_HEADS)
             groups = maps.get(f"{grouping}@{scope}", maps.get(grouping))
-            if not isinstance(groups, Gather | Dense):
+            if not isinstance(groups, Gather | Dense | Merge):
                 raise PlanError(
                     f"{key} is ranked and its {grouping} have no map; a method gives both or neither"
                 )
@@ -85,6 +87,8 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         else:
             kept = _top(score(axis, layer, axis_map.score), axis_map.keep)
         maps[key] = Gather(kept, axis_map.size, axis_map.score)
+    for key in [key for key, axis_map in maps.items() if isinstance(axis_map, Merge)]:
+        maps |= settle_merge(plan, source, certificate, evidence, key, maps)
     settled = plan.with_maps(maps, gains=gains, fingerprint=source.fingerprint)
     for name in plan.compensation:
         settled = COMPENSATIONS[name](settled, source, certificate, _needed(evidence, name))
@@ -111,11 +115,13 @@ def _top(scores: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(sorted(best.tolist()))
 
 
-def _heads(scores: Tensor, groups: Gather | Dense, keep: int) -> tuple[int, ...]:
+def _heads(scores: Tensor, groups: Gather | Dense | Merge, keep: int) -> tuple[int, ...]:
     """In each kept kv group, or in each that neighbours are merged into, the heads that score highest."""
-    merged = isinstance(groups, Dense)
-    inside = scores.view(len(groups) if merged else groups.size, -1)
-    width, kept = inside.shape[1], range(len(groups)) if merged else groups.index
+    kept, of = (
+        (groups.index, groups.size) if isinstance(groups, Gather) else (range(len(groups)), len(groups))
+    )
+    inside = scores.view(of, -1)
+    width = inside.shape[1]
     return tuple(g * width + i for g in kept for i in _top(inside[g], keep // len(groups)))
 
 
@@ -238,21 +244,29 @@ class _Maker:
             total = total + share * tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return total
 
-    def _maps(self, layout: Layout, layer: int | str | None, name: str) -> dict[str, np.ndarray | Sides]:
-        maps: dict[str, np.ndarray | Sides] = {}
+    def _maps(
+        self, layout: Layout, layer: int | str | None, name: str
+    ) -> dict[str, np.ndarray | Sides | Blocks]:
+        maps: dict[str, np.ndarray | Sides | Blocks] = {}
         for axis in {axis for dim in layout for axis in dim.axes}:
             axis_map = self._plan.axis_map(axis, layer, name)
             if isinstance(axis_map, Gather):
                 maps[axis] = axis_map.as_array
             elif isinstance(axis_map, Dense):
                 maps[axis] = axis_map.write, axis_map.read
+            elif isinstance(axis_map, Blocks):
+                maps[axis] = axis_map
             elif axis in self._plan.layers:
                 maps[axis] = np.asarray(self._plan.layers[axis])
         return maps
 
     def _folded(
-        self, weight: Tensor, pattern: str, layer: int | str | None, maps: dict[str, np.ndarray | Sides]
-    ) -> tuple[Tensor | None, dict[str, np.ndarray | Sides]]:
+        self,
+        weight: Tensor,
+        pattern: str,
+        layer: int | str | None,
+        maps: dict[str, np.ndarray | Sides | Blocks],
+    ) -> tuple[Tensor | None, dict[str, np.ndarray | Sides | Blocks]]:
         """A tensor's value where folding a norm says all about it, and the maps with the norm's gain in them."""
         plan = self._plan
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from hf_ws.axes import HEADS, KV_HEADS, Dim, Expression, Product, Sum, kind_of, parse, sibling
 from hf_ws.errors import PlanError, SizeError
-from hf_ws.maps import Dense, Gather
+from hf_ws.maps import Dense, Gather, Merge
 
 if TYPE_CHECKING:
     from hf_ws.methods.request import Request
 
-MERGES = ("mean",)
+MERGES = ("mean", "least_squares")
 """How several key/value heads become one."""
 
 
@@ -45,10 +45,11 @@ def copied(request: Request) -> dict[str, Gather]:
     return maps
 
 
-def merged(request: Request, how: str) -> dict[str, Dense]:
+def merged(request: Request, how: str) -> dict[str, Dense | Merge]:
     """The maps of key/value heads that become fewer, each the sum of its share of neighbours.
 
-    Source: GQA (2305.13245), section 2.1: the mean of the heads that are merged.
+    Source: GQA (2305.13245), section 2.1: the mean of the heads that are merged. Heads that were never trained to be
+    alike have little in common channel by channel; least squares first finds what they have (`hf_ws.merges`).
 
     Args:
         request: What is asked.
@@ -60,7 +61,7 @@ def merged(request: Request, how: str) -> dict[str, Dense]:
     """
     if how not in MERGES:
         raise PlanError(f"kv_merge={how!r} is unknown; known are {', '.join(MERGES)}, or None to select")
-    maps: dict[str, Dense] = {}
+    maps: dict[str, Dense | Merge] = {}
     for heads, groups in _changed(request):
         before, after = request.before[groups], request.after[groups]
         if after > before:
@@ -71,6 +72,9 @@ def merged(request: Request, how: str) -> dict[str, Dense]:
                 f"{groups}={after} is no divisor of the source's {before}: as many heads are merged into each; "
                 f"nearest legal: {groups}={min(legal, key=lambda n: abs(n - after))}"
             )
+        if how == "least_squares":
+            maps |= dict.fromkeys(request.places(groups), Merge(after, before))
+            continue
         for name, text in request.certificate.layouts.items():
             if any(groups in dim.axes and not _apart(dim.expression, heads, groups) for dim in parse(text)):
                 raise PlanError(

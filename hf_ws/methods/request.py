@@ -223,7 +223,7 @@ class Request:
                 raise SizeError(
                     f"{wanted} query heads over {self.after[groups]} kv heads are {width_after} to a group, the "
                     f"source has {width_before}: query heads move only with their kv head. Ask for at least "
-                    f"{groups}={enough}, or merge kv heads with method_args={{'kv_merge': 'mean'}}"
+                    f"{groups}={enough}, or merge kv heads with method_args={{'kv_merge': 'least_squares'}}"
                 )
 
     def untied(self) -> Request:

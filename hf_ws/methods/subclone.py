@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, kind_of
 from hf_ws.errors import PlanError
@@ -27,21 +27,21 @@ def subclone(
         rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
         score: A name in `SCORES`; mean absolute activation where there is calibration data, else weight magnitude.
             Inside fused experts and factorised embeddings no activation can be seen: they go by magnitude.
-        kv_merge: `"mean"` makes fewer key/value heads the means of neighbours (2305.13245); None selects them.
+        kv_merge: `"least_squares"` makes each key/value head stand for neighbours, `"mean"` takes their mean
+            (2305.13245); None selects.
 
     Raises:
         PlanError: an unknown score or merge.
         SizeError: query heads that no selection of whole kv groups gives.
     """
     means = merged(request, kv_merge) if kv_merge else {}
-    request.check_heads(but=means)
-    maps = ranked_maps(request, score, means) | means
+    taken = {key.partition("@")[0] for key in means}
+    request.check_heads(but=taken)
+    maps = ranked_maps(request, score, taken) | means
     return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
 
 
-def ranked_maps(
-    request: Request, score: str | None, given: Mapping[str, AxisMap] | None = None
-) -> dict[str, AxisMap]:
+def ranked_maps(request: Request, score: str | None, given: Collection[str] = ()) -> dict[str, AxisMap]:
     """The maps of every axis but the `given` ones: the highest by a score, where a method may choose."""
     if score is not None and score not in SCORES:
         raise PlanError(f"score={score!r} is unknown; known are {', '.join(SCORES)}")
@@ -55,7 +55,7 @@ def ranked_maps(
         seen = kind_of(axis) in (HIDDEN, FFN, KV_HEADS, HEADS)
         return Rank(after[axis], before[axis], by if seen or by != "activation" else "magnitude")
 
-    for axis in (axis for axis in request.axes if axis not in maps and axis not in (given or {})):
+    for axis in (axis for axis in request.axes if axis not in maps and axis not in given):
         maps |= dict.fromkeys(request.places(axis), ranked(axis))
     return maps
 

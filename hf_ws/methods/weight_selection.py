@@ -36,7 +36,8 @@ def weight_selection(
         selection: Which indices: evenly spaced, the first ones, or drawn from the seed.
         consistent: With `random`, one draw for an axis; False draws again for each parameter, as in the paper's
             ablation, where it is clearly worse.
-        kv_merge: `"mean"` makes fewer key/value heads the means of neighbours (2305.13245); None selects them.
+        kv_merge: `"least_squares"` makes each key/value head stand for neighbours, `"mean"` takes their mean
+            (2305.13245); None selects.
 
     Raises:
         PlanError: an unknown selection or merge, or inconsistency without `random`.
@@ -53,13 +54,15 @@ def weight_selection(
     if not consistent and selection != "random":
         raise PlanError(f"consistent=False goes with selection='random', not {selection!r}")
     means = merged(request, kv_merge) if kv_merge else {}
-    request.check_heads(but=means)
+    taken = {key.partition("@")[0] for key in means}
+    request.check_heads(but=taken)
     fixed: dict[str, AxisMap] = {**request.fixed_maps(), **means}
-    maps = _maps(request, choosers[selection], fixed) | fixed
+    taken |= fixed.keys()
+    maps = _maps(request, choosers[selection], taken) | fixed
     if not consistent:
         for name, _, _ in request.certificate.spelled(request.layers):
-            own = _maps(request, choosers["random"], fixed)
-            maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items() if axis not in fixed}
+            own = _maps(request, choosers["random"], taken)
+            maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items() if axis not in taken}
     return request.plan(maps)
 
 
