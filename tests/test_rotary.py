@@ -69,6 +69,6 @@ def test_where_each_pair_has_a_factor_of_its_own_only_head_dim_stays() -> None:
     narrow = AutoSubclone.from_pretrained(whole, hidden=32)
     assert torch.equal(narrow.model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq)
     with pytest.raises(
-        SizeError, match=r"head_dim=32: this llama has a factor for each of its 32 rotary pairs"
+        SizeError, match=r"head_dim=32: longrope has a factor for each rotary pair of 64 channels"
     ):
         AutoSubclone.plan(whole, head_dim=32)

@@ -164,11 +164,6 @@ def rotary_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, .
             f"head_dim={keep}: {config.model_type} turns only a part of each head's {size} channels, and which of "
             "the rest belong together is not known; leave head_dim as it is"
         )
-    if "'short_factor'" in repr(config.to_dict()):
-        raise SizeError(
-            f"head_dim={keep}: this {config.model_type} has a factor for each of its {size // 2} rotary pairs "
-            "(rope_type 'longrope'), and fewer pairs have none; leave head_dim as it is"
-        )
     channel = {place: at for at, place in enumerate(_pairs(turn, size))}
     return tuple(channel[round(pair * size / keep), second] for pair, second in _pairs(turn, keep))
 

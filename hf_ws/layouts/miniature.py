@@ -84,7 +84,7 @@ def miniature(config: PreTrainedConfig, variant: int = 0, tight: int = 0) -> Pre
 
 
 def _rotations(config: PreTrainedConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
-    """Rotary parameters whose lists go by a head's pairs: sections, of time, height and width, and longrope's factors."""
+    """Rotary parameters whose lists go by a head's pairs: sections (time, height, width), and longrope's factors."""
     for path, node in nodes(config):
         scope = scope_of(config, path)
         head_dim, rope = near(f"{scope}{HEADS}", HEAD_DIM, sizes), getattr(node, "rope_parameters", None)
