@@ -90,7 +90,7 @@ def _rotations(config: PreTrainedConfig, sizes: Mapping[str, int]) -> Iterator[t
         head_dim, rope = near(f"{scope}{HEADS}", HEAD_DIM, sizes), getattr(node, "rope_parameters", None)
         spelled = repr((rope, node.ignore_keys_at_rope_validation)) if rope else ""
         sections, factors = "mrope_section" in spelled, "short_factor" in spelled
-        if head_dim is None or not (sections or factors):
+        if head_dim is None or rope is None or not (sections or factors):
             continue
         rope = deepcopy(rope)
         for own in [own for own in rope.values() if isinstance(own, dict)] or [rope]:
