@@ -177,7 +177,6 @@ AxisMap = Gather | Rank | Turn | Dense | Merge | Blocks
 KINDS = {kind.__name__: kind for kind in (Gather, Rank, Turn, Dense, Merge, Blocks, Refit, Fold)}
 
 
-
 def to_json(key: str, value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """A map as JSON can hold it; its matrices go into `arrays` under the key, and are named in their place."""
     fields: dict[str, Any] = {"kind": type(value).__name__}

@@ -181,6 +181,14 @@ def test_on_real_weights_least_squares_loses_a_tenth_of_what_the_mean_loses() ->
     assert loss(merged(source, "least_squares", **half), ids) < loss(made(source, **half), ids)
 
 
+def test_rotation_merges_over_the_inputs_that_it_saw() -> None:
+    """With second moments at hand, which data-free methods do not ask for."""
+    ids, source = text(DEMO), source_model(DEMO)
+    free = merged(source, "least_squares", kv_heads=1)
+    seen = merged(source, "least_squares", kv_heads=1, method="rotation", calibration=ids[:16])
+    assert loss(seen, ids[16:]) < loss(free, ids[16:])
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
