@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from hf_ws.evidence import calibrate
     from hf_ws.plan import Plan
+    from hf_ws.vocabulary import Vocabulary, choose_vocabulary, trim_tokenizer
 
 _ROOMS = {
     "AutoSubclone": "auto",
@@ -46,9 +47,12 @@ _ROOMS = {
     "ResumeError": "errors",
     "SizeError": "errors",
     "UnsupportedArchitectureError": "errors",
+    "Vocabulary": "vocabulary",
     "calibrate": "evidence",
     "certify": "auto",
+    "choose_vocabulary": "vocabulary",
     "derive_config": "derive",
+    "trim_tokenizer": "vocabulary",
 }
 
 __all__ = [
@@ -65,10 +69,13 @@ __all__ = [
     "ResumeError",
     "SizeError",
     "UnsupportedArchitectureError",
+    "Vocabulary",
     "__version__",
     "calibrate",
     "certify",
+    "choose_vocabulary",
     "derive_config",
+    "trim_tokenizer",
 ]
 
 

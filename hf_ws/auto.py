@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws import store
-from hf_ws.axes import AXES, LAYERS, kind_of
+from hf_ws.axes import AXES, LAYERS, VOCAB, kind_of
 from hf_ws.compensation import COMPENSATIONS
 from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
 from hf_ws.depth import wants_of as policy_wants
@@ -37,6 +37,7 @@ from hf_ws.plan import Plan, Rank
 from hf_ws.scores import wants_of as score_wants
 from hf_ws.sizes import sizes_of
 from hf_ws.transfer import apply, settle, wanted
+from hf_ws.vocabulary import Vocabulary, warn_of_first_ids
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class AutoSubclone:
         kv_heads: int | None = None,
         head_dim: int | None = None,
         ffn: int | None = None,
-        vocab: int | None = None,
+        vocab: int | Vocabulary | None = None,
         experts: int | None = None,
         method: str | Method = "subclone",
         method_args: Mapping[str, Any] | None = None,
@@ -92,7 +93,7 @@ class AutoSubclone:
             kv_heads: Key/value heads.
             head_dim: Channels in a head.
             ffn: Neurons of a feed-forward block.
-            vocab: Rows of the token embedding.
+            vocab: Rows of the token embedding: what `choose_vocabulary` chose, or a number, which keeps the first ids.
             experts: Routed experts in a layer.
             method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`.
             method_args: The method's own options, such as `{"rescale": False}`.
@@ -138,7 +139,7 @@ class AutoSubclone:
         kv_heads: int | None = None,
         head_dim: int | None = None,
         ffn: int | None = None,
-        vocab: int | None = None,
+        vocab: int | Vocabulary | None = None,
         experts: int | None = None,
         method: str | Method = "subclone",
         method_args: Mapping[str, Any] | None = None,
@@ -233,6 +234,7 @@ class _Ask:
     """The arguments of a call, sorted."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     method: str | Method = "subclone"
     method_args: Mapping[str, Any] = field(default_factory=dict)
@@ -262,10 +264,13 @@ class _Ask:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> _Ask:
-        source, dtype = arguments["source"], arguments["dtype"]
+        source, dtype, vocab = arguments["source"], arguments["dtype"], arguments["vocab"]
+        chosen = vocab if isinstance(vocab, Vocabulary) else None
+        arguments = {**arguments, VOCAB: None if chosen else vocab}
         live = source.dtype if isinstance(source, PreTrainedModel) else None
         return cls(
             dtype=_dtype(dtype) or live,
+            vocabulary=chosen,
             sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
             fields=arguments["config_fields"],
             method_args=arguments["method_args"] or {},
@@ -307,6 +312,10 @@ def _planned(
     certificate = certify_class(model_class, config)
     sizes, fields = read_request(config, ask.sizes, ask.fields)
     depths = sizes_of(config)
+    if ask.vocabulary is not None:
+        sizes, fields = sizes | ask.vocabulary.sizes(config), ask.vocabulary.fields(config) | fields
+    else:
+        warn_of_first_ids(sizes.get(VOCAB), depths.get(VOCAB))
     stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
     grows = bool(getattr(method, "grows", False))
     policy = ask.policy
@@ -351,6 +360,7 @@ def _planned(
         seed=ask.seed,
         calibrated=ask.calibration is not None,
         compensation=_compensation(ask, method),
+        vocabulary=ask.vocabulary,
     )
     request.check_fixed()
     if not grows:

@@ -341,6 +341,8 @@ def _violations(
         owner = dict(nodes(config))[node]
         if head_dim % 2 and head_dim != source[dim_axis] and hasattr(owner, "rope_parameters"):
             yield f"{dim_axis}={head_dim} is odd, and rotary positions turn pairs of channels"
+        if head_dim != source[dim_axis] and "short_factor" in str(getattr(owner, "rope_parameters", None)):
+            yield f"{dim_axis}={head_dim}: longrope has a factor for each rotary pair of {source[dim_axis]} channels"
         rotary_dim = fields.get("rotary_dim", getattr(owner, "rotary_dim", None))
         if isinstance(rotary_dim, int) and rotary_dim > head_dim:
             yield f"head_dim={head_dim} is less than rotary_dim={rotary_dim}; give rotary_dim= as well"

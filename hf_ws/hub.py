@@ -9,7 +9,7 @@ The folder appears whole or not at all, needs nothing of this library to be load
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,14 +19,15 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_ws import store
 from hf_ws.axes import VOCAB
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.methods import METHODS
 from hf_ws.plan import Plan
-from hf_ws.store.place import locate
+from hf_ws.store.place import TOKENIZER_FILES, locate
+from hf_ws.vocabulary import kept_tokens, write_tokenizer
 
 PLAN_FILE, CARD_FILE = "hf_ws_plan.json", "README.md"
 
@@ -83,12 +84,23 @@ def save(
     with store.new_folder(folder, source_folder) as staging:
         if source_folder is not None:
             store.copy_side_files(source_folder, staging)
+            if (kept := kept_tokens(plan)) is not None:
+                _trim(source_folder, kept, staging)
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         plan.save(staging / PLAN_FILE)
         card = model_card(plan, name=folder.resolve().name, command=command, **card_facts(source_folder))
         (staging / CARD_FILE).write_text(str(card), encoding="utf-8")
         _check_reload(type(model), staging, folder)
     return folder
+
+
+def _trim(source: str | Path, kept: Sequence[int], staging: Path) -> None:
+    """In place of the source's tokenizer the one with the kept tokens."""
+    for pattern in TOKENIZER_FILES:
+        for file in staging.glob(pattern):
+            file.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    write_tokenizer(tokenizer, kept, staging)
 
 
 def source_folder(
@@ -220,7 +232,11 @@ def _limits(plan: Plan, trained: bool) -> list[str]:
     lines = [] if trained else [untrained]
     if not plan.is_fresh("*"):
         lines.append("It inherits its source's biases, gaps and terms of use.")
-    if plan.target_sizes[VOCAB] < plan.source_sizes[VOCAB]:
+    if kept_tokens(plan) is not None:
+        lines.append(
+            "Its tokenizer knows some of the source's tokens; their ids are other than the source's."
+        )
+    elif plan.target_sizes[VOCAB] < plan.source_sizes[VOCAB]:
         lines.append(
             f"It knows token ids below {plan.target_sizes[VOCAB]}; the source's tokenizer also gives higher ones."
         )

@@ -123,6 +123,44 @@ class Dense:
         return f"{len(self)} {self.by or 'sums of the'} {self.size}"
 
 
+@dataclass(frozen=True)
+class Merge:
+    """Each target head stands for several neighbours, by least squares; how is settled when the weights are read."""
+
+    keep: int
+    size: int
+    """The axis's length in the source."""
+
+    def __len__(self) -> int:
+        return self.keep
+
+    def __str__(self) -> str:
+        return f"{self.keep} least-squares merges of {self.size // self.keep} neighbours each"
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """In one parameter each target head is a sum of source heads, each multiplied by a matrix of its own."""
+
+    index: tuple[int, ...]
+    """The source heads, those of one target head after those of another."""
+    blocks: np.ndarray
+    """[target heads, source heads of each, channels, channels of the source]."""
+
+    def __len__(self) -> int:
+        return int(self.blocks.shape[0])
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Blocks)
+            and self.index == other.index
+            and np.array_equal(self.blocks, other.blocks)
+        )
+
+    def __str__(self) -> str:
+        return f"{len(self)} made of {self.blocks.shape[1]} each, channels mixed"
+
+
 @dataclass(frozen=True, eq=False)
 class Refit:
     """How one matrix of the target reads: what its inputs say of the source's inputs to that matrix.
@@ -156,8 +194,8 @@ class Fold:
     """What the class adds to the gain it keeps: one, or nothing."""
 
 
-AxisMap = Gather | Rank | Turn | Dense
-KINDS = {kind.__name__: kind for kind in (Gather, Rank, Turn, Dense, Refit, Fold)}
+AxisMap = Gather | Rank | Turn | Dense | Merge | Blocks
+KINDS = {kind.__name__: kind for kind in (Gather, Rank, Turn, Dense, Merge, Blocks, Refit, Fold)}
 
 
 def to_json(key: str, value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -175,7 +213,7 @@ def from_json(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
     """The map that `to_json` wrote. Raises KeyError for an unknown kind or a matrix that is not there."""
     own = dict(fields)
     kind = KINDS[own.pop("kind")]
-    for name in ("write", "read", "rest"):
+    for name in ("write", "read", "rest", "blocks"):
         if isinstance(own.get(name), str):
             own[name] = arrays[own[name]]
     own |= {name: tuple(own[name]) for name in ("index", "readers") if name in own}

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.layouts.stacks import of_any_kind
-from hf_ws.maps import AxisMap, Dense, Fold, Gather, Rank, Refit, Turn, from_json, to_json
+from hf_ws.maps import AxisMap, Blocks, Dense, Fold, Gather, Merge, Rank, Refit, Turn, from_json, to_json
 
 FORMAT = 3
 """Version of the saved form."""
@@ -116,6 +116,8 @@ class Plan:
             yield f"{key} names no axis; known are {', '.join(AXES)}"
         elif axis not in self.source_sizes or axis not in self.target_sizes:
             yield f"{key} maps an axis that this model does not have"
+        elif isinstance(axis_map, Blocks):
+            yield from self._block_problems(key, axis_map)
         elif len(axis_map) != self.target_sizes[axis] or axis_map.size != self.source_sizes[axis]:
             yield (
                 f"{key} maps {axis_map.size} to {len(axis_map)}, the configs say "
@@ -129,7 +131,7 @@ class Plan:
                 yield f"{key} is for a layer that the target does not have"
         elif scope and not self._is_parameter(scope):
             yield f"{key} is for a parameter that the target does not have"
-        elif isinstance(axis_map, Rank | Turn) and axis_map.keep > axis_map.size:
+        elif isinstance(axis_map, Rank | Turn | Merge) and axis_map.keep > axis_map.size:
             yield f"{key} keeps {axis_map.keep} of {axis_map.size}; a ranking only drops"
         elif isinstance(axis_map, Dense) and not (
             axis_map.read.shape == axis_map.write.shape
@@ -137,6 +139,21 @@ class Plan:
             and np.isfinite(axis_map.write).all()
         ):
             yield f"{key} has matrices that do not match, or hold no finite numbers"
+
+    def _block_problems(self, key: str, heads: Blocks) -> Iterator[str]:
+        axis, _, name = key.partition("@")
+        if not self._is_parameter(name):
+            yield f"{key} mixes heads of a parameter that the target does not have"
+        elif (
+            len(heads) != self.target_sizes[axis]
+            or heads.blocks.ndim != 4
+            or not np.isfinite(heads.blocks).all()
+        ):
+            yield f"{key} makes {len(heads)} heads, the config says {self.target_sizes[axis]}, or of no finite numbers"
+        elif len(heads.index) != heads.blocks.shape[0] * heads.blocks.shape[1] or not all(
+            0 <= i < self.source_sizes[axis] for i in heads.index
+        ):
+            yield f"{key} has an index outside 0 to {self.source_sizes[axis] - 1}"
 
     def _blend_problems(self) -> Iterator[str]:
         for key, parts in self.blends.items():
@@ -220,7 +237,7 @@ class Plan:
     @property
     def is_settled(self) -> bool:
         """Whether every index is known; if not, `settle` reads the weights or the data and settles them."""
-        closed = all(isinstance(axis_map, Gather | Dense) for axis_map in self.maps.values())
+        closed = all(isinstance(axis_map, Gather | Dense | Blocks) for axis_map in self.maps.values())
         return closed and not self.compensation
 
     @property
@@ -298,7 +315,7 @@ class Plan:
         lines = [f"{self.method}({args}): {self.model_class} from {self.source}{commit}", ""]
         lines += _table(["", "source", "target", "keeps"], list(self._rows()))
         for key, axis_map in self.maps.items():
-            if "@" in key and not self._is_layer(key.partition("@")[2]):
+            if "@" in key and not self._is_layer(key.partition("@")[2]) and not isinstance(axis_map, Blocks):
                 return "\n".join(
                     [*lines, "", f"each parameter has indices of its own, for example {key}: {axis_map}"]
                 )
@@ -340,7 +357,7 @@ class Plan:
             if key.startswith(f"{axis}@") and self._is_layer(key.partition("@")[2])
         ]
         if scoped:
-            same = len(set(scoped)) == 1
+            same = all(m == scoped[0] for m in scoped)
             return f"{scoped[0]}" if same else f"by layer; in the first, {scoped[0]}"
         return str(self.axis_map(axis) or "all")
 

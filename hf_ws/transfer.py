@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_ws.axes import EXPERTS, HEADS, KV_HEADS, Dim, Layout, kind_of, parse, sibling, split_key
 from hf_ws.compensation import COMPENSATIONS
@@ -21,11 +21,14 @@ from hf_ws.layouts import Certificate, before, certify, generic, select, tensors
 from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.layouts.select import Sides, along
 from hf_ws.layouts.turn import turned
+from hf_ws.maps import Blocks, Merge
+from hf_ws.merges import settle_merge
 from hf_ws.plan import AxisMap, Dense, Gather, Plan, Rank, Turn
 from hf_ws.scores import Known, score_of, wants_of
 from hf_ws.sizes import sizes_of
 from hf_ws.store import Source
 from hf_ws.turns import settle_turn
+from hf_ws.vocabulary import kept_tokens, renumbered
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +73,8 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
             kept = _top(of_heads.view(axis_map.size, -1).mean(1), axis_map.keep)
         elif kind_of(axis) == HEADS:
             grouping = sibling(axis, KV_HEADS)
-            groups = maps.get(f"{grouping}@{scope}" if scope else grouping)
-            if not isinstance(groups, Gather):
+            groups = maps.get(f"{grouping}@{scope}", maps.get(grouping))
+            if not isinstance(groups, Gather | Dense | Merge):
                 raise PlanError(
                     f"{key} is ranked and its {grouping} have no map; a method gives both or neither"
                 )
@@ -79,6 +82,8 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         else:
             kept = _top(score(axis, layer, axis_map), axis_map.keep)
         maps[key] = Gather(kept, axis_map.size, axis_map.by)
+    for key in [key for key, axis_map in maps.items() if isinstance(axis_map, Merge)]:
+        maps |= settle_merge(plan, source, certificate, evidence, key, maps)
     settled = plan.with_maps(maps, gains=gains, fingerprint=source.fingerprint)
     for name in plan.compensation:
         settled = COMPENSATIONS[name](settled, source, certificate, _needed(evidence, name))
@@ -137,11 +142,14 @@ def _top(scores: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(sorted(best.tolist()))
 
 
-def _heads(scores: Tensor, groups: Gather, keep: int) -> tuple[int, ...]:
-    """In each kept kv group, the heads that score highest."""
-    inside = scores.view(groups.size, -1)
+def _heads(scores: Tensor, groups: Gather | Dense | Merge, keep: int) -> tuple[int, ...]:
+    """In each kept kv group, or in each that neighbours are merged into, the heads that score highest."""
+    kept, of = (
+        (groups.index, groups.size) if isinstance(groups, Gather) else (range(len(groups)), len(groups))
+    )
+    inside = scores.view(of, -1)
     width = inside.shape[1]
-    return tuple(g * width + i for g in groups.index for i in _top(inside[g], keep // len(groups)))
+    return tuple(g * width + i for g in kept for i in _top(inside[g], keep // len(groups)))
 
 
 def apply(plan: Plan, source: Source, *, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -165,7 +173,7 @@ def apply(plan: Plan, source: Source, *, device: torch.device | str | None = Non
     model = build_on_meta(source.model_class, config)
     tensors = _tensors(plan, source, model, dtype, device)
     _fill(model, tensors, plan.seed, dtype or torch.get_default_dtype())
-    _generation(model, source)
+    _generation(model, source, plan)
     return model.to(device or "cpu").eval()
 
 
@@ -274,21 +282,29 @@ class _Maker:
             total = total + share * tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return total
 
-    def _maps(self, layout: Layout, layer: int | str | None, name: str) -> dict[str, np.ndarray | Sides]:
-        maps: dict[str, np.ndarray | Sides] = {}
+    def _maps(
+        self, layout: Layout, layer: int | str | None, name: str
+    ) -> dict[str, np.ndarray | Sides | Blocks]:
+        maps: dict[str, np.ndarray | Sides | Blocks] = {}
         for axis in {axis for dim in layout for axis in dim.axes}:
             axis_map = self._plan.axis_map(axis, layer, name)
             if isinstance(axis_map, Gather):
                 maps[axis] = axis_map.as_array
             elif isinstance(axis_map, Dense):
                 maps[axis] = axis_map.write, axis_map.read
+            elif isinstance(axis_map, Blocks):
+                maps[axis] = axis_map
             elif axis in self._plan.layers:
                 maps[axis] = np.asarray(self._plan.layers[axis])
         return maps
 
     def _folded(
-        self, weight: Tensor, pattern: str, layer: int | str | None, maps: dict[str, np.ndarray | Sides]
-    ) -> tuple[Tensor | None, dict[str, np.ndarray | Sides]]:
+        self,
+        weight: Tensor,
+        pattern: str,
+        layer: int | str | None,
+        maps: dict[str, np.ndarray | Sides | Blocks],
+    ) -> tuple[Tensor | None, dict[str, np.ndarray | Sides | Blocks]]:
         """A tensor's value where folding a norm says all about it, and the maps with the norm's gain in them."""
         plan = self._plan
 
@@ -363,14 +379,17 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: 
         vars(tensor).pop("_is_hf_initialized", None)
 
 
-def _generation(model: PreTrainedModel, source: Source) -> None:
-    """The source's generation settings, where the class generates and the source has some."""
+def _generation(model: PreTrainedModel, source: Source, plan: Plan) -> None:
+    """The source's generation settings, where the class generates and the source has some; ids as the plan has them."""
     if not model.can_generate():
         return
-    if source.files is None:
-        model.generation_config = GenerationConfig.from_dict(source.model().generation_config.to_dict())
-    elif (source.files / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.files)
+    new = {old: i for i, old in enumerate(kept_tokens(plan) or ())}
+    if (given := source.generation_config()) is not None:
+        for name, value in renumbered(given.to_dict(), new).items() if new else ():
+            setattr(given, name, value)
+        model.generation_config = given
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if (asked := getattr(model.config, name, None)) != getattr(source.config, name, None):
+        before = {name: getattr(source.config, name, None)}
+        before |= renumbered(before, new)
+        if (asked := getattr(model.config, name, None)) != before[name]:
             setattr(model.generation_config, name, asked)

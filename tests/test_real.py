@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_ws import AutoSubclone
+from hf_ws.plan import Gather
 from hf_ws.sizes import sizes_of
 
 ROOT = Path(__file__).parents[1]
@@ -128,3 +129,18 @@ def _run(command: str, **variables: str) -> None:
         command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_narrower_head_keeps_the_frequencies_that_it_turns_at() -> None:
+    """At every size better than the first channels of a head, and than its first pairs."""
+    ids = text(DEMO)[16:]
+    for keep in (48, 32):
+        plan = AutoSubclone.plan(DEMO, head_dim=keep, method="weight_selection")
+        half = keep // 2
+        others = (tuple(range(keep)), (*range(half), *range(32, 32 + half)))
+        losses = [
+            loss(plan.with_maps({**plan.maps, "head_dim": Gather(index, 64)}).apply(DEMO), ids)
+            for index in (plan.maps["head_dim"].index, *others)
+        ]
+        assert losses[0] == min(losses)
+        assert losses[0] < losses[2] - 0.05

@@ -15,7 +15,7 @@ from hf_ws.axes import EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, MOE_FFN, parse, po
 from hf_ws.errors import CalibrationError, PlanError
 from hf_ws.evidence import Evidence, calibrate
 from hf_ws.layouts import certify, generic, select
-from hf_ws.plan import DATA_FREE
+from hf_ws.maps import DATA_FREE
 from hf_ws.scores import SCORES, Known, wants_of
 from hf_ws.sizes import sizes_of
 from hf_ws.store import open_source

@@ -26,6 +26,7 @@ from hf_ws.cli.env import env
 from hf_ws.cli.evaluate import eval_
 from hf_ws.cli.plan import plan
 from hf_ws.cli.subclone import subclone
+from hf_ws.cli.trim_vocab import trim_vocab
 from hf_ws.errors import HfWsError
 
 app = typer.Typer(
@@ -48,6 +49,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     subclone: (
         "hf-ws subclone gpt2-large student --hidden 512 --calibration stdlib",
         "hf-ws subclone gpt2-large student --plan plan.json",
+    ),
+    trim_vocab: (
+        "hf-ws trim-vocab gpt2 gpt2-8000 --vocab 8000 --data my-text/",
+        "hf-ws trim-vocab gpt2 gpt2-code --vocab 8000 --data stdlib",
     ),
     certify: ("hf-ws certify llama qwen3 gpt2", "hf-ws certify BertForMaskedLM --layouts"),
     compare: (

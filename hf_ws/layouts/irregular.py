@@ -166,14 +166,35 @@ def rotary_index(config: PreTrainedConfig, size: int, keep: int) -> tuple[int, .
     turn = _turn(config)
     if turn is None:
         return tuple(round(j * size / keep) for j in range(keep))
-    values = config.to_dict()
-    if values.get("rotary_dim") or [p for p in _nested(values) if p not in (None, 1, 1.0)]:
+    if _turns_in_part(config):
         raise SizeError(
             f"head_dim={keep}: {config.model_type} turns only a part of each head's {size} channels, and which of "
             "the rest belong together is not known; leave head_dim as it is"
         )
     channel = {place: at for at, place in enumerate(_pairs(turn, size))}
     return tuple(channel[round(pair * size / keep), second] for pair, second in _pairs(turn, keep))
+
+
+def rotary_pairs(config: PreTrainedConfig, size: int) -> list[tuple[int, bool]] | None:
+    """For each channel of a head the number of its pair, and whether it is the second of it; None if nothing turns.
+
+    Raises:
+        SizeError: a part of each head turns, or it is not known which channels turn together.
+    """
+    turn = _turn(config)
+    if turn is None:
+        return None
+    if _turns_in_part(config):
+        raise SizeError(
+            f"{config.model_type} turns only a part of each head's {size} channels, so its keys cannot be merged by "
+            "least squares; take kv_merge='mean', or None to select"
+        )
+    return _pairs(turn, size)
+
+
+def _turns_in_part(config: PreTrainedConfig) -> bool:
+    values = config.to_dict()
+    return bool(values.get("rotary_dim") or [p for p in _nested(values) if p not in (None, 1, 1.0)])
 
 
 def _turn(config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:

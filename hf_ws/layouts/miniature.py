@@ -86,20 +86,21 @@ def miniature(config: PreTrainedConfig, variant: int = 0, tight: int = 0) -> Pre
 
 
 def _rotations(config: PreTrainedConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
-    """Rotary parameters whose sections, of time, height and width, share a smaller head out among them."""
+    """Rotary parameters whose lists go by a head's pairs: sections (time, height, width), and longrope's factors."""
     for path, node in nodes(config):
         scope = scope_of(config, path)
         head_dim, rope = near(f"{scope}{HEADS}", HEAD_DIM, sizes), getattr(node, "rope_parameters", None)
-        if (
-            head_dim is None
-            or not rope
-            or "mrope_section" not in repr((rope, node.ignore_keys_at_rope_validation))
-        ):
+        spelled = repr((rope, node.ignore_keys_at_rope_validation)) if rope else ""
+        sections, factors = "mrope_section" in spelled, "short_factor" in spelled
+        if head_dim is None or rope is None or not (sections or factors):
             continue
         rope = deepcopy(rope)
         for own in [own for own in rope.values() if isinstance(own, dict)] or [rope]:
             pairs = int(sizes[head_dim] * own.get("partial_rotary_factor", 1)) // 2
-            own["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+            if sections:
+                own["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+            for name in {"short_factor", "long_factor"} & own.keys():
+                own[name] = (own[name] * pairs)[:pairs]
         yield ".".join((*path, "rope_parameters")), rope
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ws.axes import Dim, Layout, Product, length, positions
+from hf_ws.axes import Dim, Layout, Product, Sum, length, positions
+from hf_ws.maps import Blocks
 
 Sides = tuple[np.ndarray, np.ndarray]
 """A dense map of an axis: what writes it is multiplied by the first matrix, what reads it by the second; each [target
@@ -20,7 +21,7 @@ def select(
     layout: Layout,
     source: Mapping[str, int],
     target: Mapping[str, int],
-    maps: Mapping[str, np.ndarray | Sides],
+    maps: Mapping[str, np.ndarray | Sides | Blocks],
 ) -> Tensor:
     """The target's tensor: along every dimension, the positions that the maps name, or the sums that they make.
 
@@ -33,11 +34,16 @@ def select(
         layout: Its dimensions.
         source: Sizes of the source's axes.
         target: Sizes of the target's axes.
-        maps: By axis, the source index of each target index, or the two sides of a dense map.
+        maps: By axis, the source index of each target index, the two sides of a dense map, or heads that are mixed.
 
     Returns:
         A tensor that may be a view of the source: clone it before writing to it.
     """
+    for axis, heads in maps.items():
+        if isinstance(heads, Blocks):
+            (at,) = [at for at, dim in enumerate(layout) if axis in dim.axes]
+            tensor = remade(tensor, at, heads)
+            source, maps = {**source, axis: target[axis]}, {**maps, axis: np.arange(target[axis])}
     dense = {axis: sides for axis, sides in maps.items() if isinstance(sides, tuple)}
     if dense:
         tensor = _mixed(tensor, layout, source, dense)
@@ -95,14 +101,24 @@ def mix(tensor: Tensor, at: int, dim: Dim, sizes: Mapping[str, int], axis: str, 
     Args:
         tensor: In the sizes given.
         at: The dimension.
-        dim: What it consists of: the axis, or a product with the axis as one factor.
+        dim: What it consists of: the axis, a product with the axis as one factor, or a sum of such and others.
         sizes: Of the axes in `dim`.
         axis: The one that is mapped.
         matrix: What maps it.
 
     Raises:
-        ValueError: the axis lies inside a sum.
+        ValueError: the axis is no plain factor.
     """
+    if isinstance(dim.expression, Sum):
+        parts = [Dim(part, dim.reads) for part in dim.expression.parts]
+        split = tensor.split([length(part, sizes) for part in parts], dim=at)
+        own = [
+            mix(piece, at, part, sizes, axis, matrix) if axis in part.axes else piece
+            for piece, part in zip(split, parts, strict=True)
+        ]
+        return torch.cat(
+            [piece.to(torch.promote_types(tensor.dtype, torch.float32)) for piece in own], dim=at
+        )
     factors = dim.expression.factors if isinstance(dim.expression, Product) else (dim.expression,)
     if factors.count(axis) != 1:
         raise ValueError(f"{axis} is no plain factor of {dim.expression}; no dense map can be applied to it")
@@ -118,3 +134,13 @@ def along(tensor: Tensor, at: int, matrix: np.ndarray) -> Tensor:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     by = torch.from_numpy(np.ascontiguousarray(matrix)).to(wide)
     return torch.tensordot(by, tensor.to(wide), dims=([1], [at])).movedim(0, at)
+
+
+def remade(tensor: Tensor, at: int, heads: Blocks) -> Tensor:
+    """A tensor whose dimension `at`, heads of some channels each, is made of other heads as `heads` says."""
+    channels = heads.blocks.shape[-1]
+    moved = tensor.movedim(at, 0).to(torch.promote_types(tensor.dtype, torch.float32))
+    parts = moved.reshape(-1, channels, *moved.shape[1:])[list(heads.index)]
+    parts = parts.reshape(*heads.blocks.shape[:2], channels, -1)
+    made = torch.einsum("tgab,tgbn->tan", torch.from_numpy(heads.blocks).to(parts.dtype), parts)
+    return made.reshape(-1, *moved.shape[1:]).movedim(0, at)

@@ -34,8 +34,10 @@ from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.maps import AxisMap, Fold, Gather, called
+from hf_ws.methods.kv import copied
 from hf_ws.plan import Plan
 from hf_ws.sizes import field_of, nodes, owner, sizes_of
+from hf_ws.vocabulary import BY_COUNT, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class Request:
     """Whether evidence from data will be there when the plan is settled."""
     compensation: tuple[str, ...] = ()
     """What is to be done against what the maps lose."""
+    vocabulary: Vocabulary | None = None
+    """The tokens that stay, where they were chosen; the first ids else."""
 
     @cached_property
     def before(self) -> dict[str, int]:
@@ -105,8 +109,8 @@ class Request:
             SizeError: a smaller head_dim in a family whose rotary pairs cannot be told apart, or fewer heads where
                 they have slopes and share key/value heads too.
         """
-        maps: dict[str, AxisMap] = {}
-        for axis in self.axes:
+        maps: dict[str, AxisMap] = {**self._chosen_tokens(), **copied(self)}
+        for axis in (axis for axis in self.axes if axis not in maps):
             before, after = self.before[axis], self.after[axis]
             if after > before:
                 continue
@@ -129,6 +133,16 @@ class Request:
             maps[HEADS] = Gather(sloped, heads)
             maps[KV_HEADS] = maps[HEADS] if kv_heads == heads else Gather((0,), 1)
         return maps
+
+    def _chosen_tokens(self) -> dict[str, AxisMap]:
+        """The maps of a vocabulary that was chosen by counts, whatever the method."""
+        if self.vocabulary is None:
+            return {}
+        kept = self.vocabulary.kept
+        return {
+            axis: Gather(kept[:size], self.before[axis], BY_COUNT)
+            for axis, size in self.vocabulary.sizes(self.source_config).items()
+        }
 
     def check_fixed(self) -> None:
         """Refuse to change an axis that is not proven.
@@ -160,16 +174,17 @@ class Request:
         )
 
     def check_growth(self) -> None:
-        """Refuse any axis longer than the source's; the labels alone may be new.
+        """Refuse any axis longer than the source's; labels may be new, and key/value heads copies.
 
         Raises:
             SizeError: naming every axis that grows.
         """
-        before, after = self.before, self.after
+        before, after, made = self.before, self.after, {LABELS, LAYERS}
+        made |= {KV_HEADS} if copied(self) else set()
         grown = [
             f"{axis} from {size} to {after[axis]}"
             for axis, size in before.items()
-            if after.get(axis, 0) > size and kind_of(axis) not in (LABELS, LAYERS) and (axis in self._sized())
+            if after.get(axis, 0) > size and kind_of(axis) not in made and (axis in self._sized())
         ]
         if not grown:
             return
@@ -189,13 +204,18 @@ class Request:
         heads = {axis for axis in self.before if kind_of(axis) in (HEADS, KV_HEADS, HEAD_DIM)}
         return {*self.certificate.occurring, *heads}
 
-    def check_heads(self) -> None:
+    def check_heads(self, but: Collection[str] = ()) -> None:
         """Refuse more query heads to a key/value head than the source has: selection would split a group.
+
+        Args:
+            but: Axes of key/value heads that are merged, where a group takes in its neighbours.
 
         Raises:
             SizeError: with the numbers that would do.
         """
-        for axis in (axis for axis in self.axes if kind_of(axis) == HEADS):
+        for axis in (
+            axis for axis in self.axes if kind_of(axis) == HEADS and sibling(axis, KV_HEADS) not in but
+        ):
             groups, wanted = sibling(axis, KV_HEADS), self.after[axis]
             width_before, width_after = self.before[axis] // self.before[groups], wanted // self.after[groups]
             if width_after > width_before:
@@ -203,7 +223,7 @@ class Request:
                 raise SizeError(
                     f"{wanted} query heads over {self.after[groups]} kv heads are {width_after} to a group, the "
                     f"source has {width_before}: query heads move only with their kv head. Ask for at least "
-                    f"{groups}={enough}"
+                    f"{groups}={enough}, or merge kv heads with method_args={{'kv_merge': 'least_squares'}}"
                 )
 
     def untied(self) -> Request:
@@ -281,7 +301,7 @@ class Request:
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
             layers=dict(self.layers),
-            maps=dict(maps),
+            maps={**maps, **self._chosen_tokens()},
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,
             folds=dict(folds or {}),

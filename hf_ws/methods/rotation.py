@@ -8,13 +8,14 @@ from hf_ws.axes import HIDDEN, kind_of
 from hf_ws.errors import UnsupportedArchitectureError
 from hf_ws.layouts.turn import Turning, turning
 from hf_ws.maps import Turn
+from hf_ws.methods.kv import merged
 from hf_ws.methods.request import Request, logger
 from hf_ws.methods.subclone import ranked_maps
 from hf_ws.plan import Plan
 from hf_ws.scores import Score
 
 
-def rotation(request: Request, *, score: str | Score | None = None) -> Plan:
+def rotation(request: Request, *, score: str | Score | None = None, kv_merge: str | None = None) -> Plan:
     """One orthonormal basis for the whole stream; heads and neurons by importance, as `subclone` keeps them.
 
     The basis is that of the leading eigenvectors of the stream's second moments, where it is normed in each kept
@@ -34,12 +35,15 @@ def rotation(request: Request, *, score: str | Score | None = None) -> Plan:
     Args:
         request: What is asked.
         score: As for `subclone`; mean absolute activation by default.
+        kv_merge: As for `subclone`.
 
     Raises:
-        PlanError: an unknown score.
+        PlanError: an unknown score or merge.
         SizeError: query heads that no selection of whole kv groups gives.
     """
-    request.check_heads()
+    merges = merged(request, kv_merge) if kv_merge else {}
+    taken = {key.partition("@")[0] for key in merges}
+    request.check_heads(but=taken)
     turned: list[Turning] = []
     for axis in (
         axis for axis in request.axes if kind_of(axis) == HIDDEN and axis in request.certificate.axes
@@ -56,7 +60,7 @@ def rotation(request: Request, *, score: str | Score | None = None) -> Plan:
         found.axis: Turn(request.after[found.axis], request.before[found.axis], found.centred)
         for found in turned
     }
-    maps |= ranked_maps(request, score or "activation", given=maps)
+    maps |= ranked_maps(request, score or "activation", given={*maps, *taken}) | merges
     folds = {name: fold for found in turned for name, fold in found.folds.items()}
     gains = request.fan_in_gains(without={*maps} if turned else set())
     return request.plan(maps, folds=folds, gains=gains)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from hf_ws.axes import EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, kind_of
 from hf_ws.maps import DATA_FREE, AxisMap, Gather, Rank
+from hf_ws.methods.kv import merged
 from hf_ws.methods.request import Request
 from hf_ws.plan import Plan
 from hf_ws.scores import Score, score_of
@@ -14,7 +15,13 @@ SEEN = (HIDDEN, FFN, KV_HEADS, HEADS, EXPERTS)
 """The axes whose activations, or routes, calibration sees."""
 
 
-def subclone(request: Request, *, rescale: bool = True, score: str | Score | None = None) -> Plan:
+def subclone(
+    request: Request,
+    *,
+    rescale: bool = True,
+    score: str | Score | None = None,
+    kv_merge: str | None = None,
+) -> Plan:
     """Importance ranking: one order for the residual stream, one order per layer for neurons, heads and experts.
 
     Source: Weight Subcloning (2312.09299), section 3. Whole heads move, and query heads only with their kv head.
@@ -28,18 +35,22 @@ def subclone(request: Request, *, rescale: bool = True, score: str | Score | Non
         score: A name in `SCORES`, or a score itself; mean absolute activation where there is calibration data, else
             weight magnitude. Inside fused experts and factorised embeddings no activation can be seen: they go by
             magnitude.
+        kv_merge: `"least_squares"` makes each key/value head stand for neighbours, `"mean"` takes their mean
+            (2305.13245); None selects.
 
     Raises:
-        PlanError: an unknown score.
+        PlanError: an unknown score or merge.
         SizeError: query heads that no selection of whole kv groups gives.
     """
-    request.check_heads()
-    maps = ranked_maps(request, score)
+    means = merged(request, kv_merge) if kv_merge else {}
+    taken = {key.partition("@")[0] for key in means}
+    request.check_heads(but=taken)
+    maps = ranked_maps(request, score, taken) | means
     return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
 
 
 def ranked_maps(
-    request: Request, score: str | Score | None, given: Mapping[str, AxisMap] | None = None
+    request: Request, score: str | Score | None, given: Collection[str] = ()
 ) -> dict[str, AxisMap]:
     """The maps of every axis but the `given` ones: the highest by a score, where a method may choose."""
     if score is not None:
@@ -54,7 +65,7 @@ def ranked_maps(
         blind = isinstance(by, str) and by not in DATA_FREE and kind_of(axis) not in SEEN
         return Rank(after[axis], before[axis], "magnitude" if blind else by)
 
-    for axis in (axis for axis in request.axes if axis not in maps and axis not in (given or {})):
+    for axis in (axis for axis in request.axes if axis not in maps and axis not in given):
         maps |= dict.fromkeys(request.places(axis), ranked(axis))
     return maps
 

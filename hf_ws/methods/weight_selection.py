@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import numpy as np
 
 from hf_ws.axes import HEADS, KV_HEADS, kind_of, sibling
 from hf_ws.errors import PlanError
+from hf_ws.methods.kv import merged
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan
 
@@ -21,6 +22,7 @@ def weight_selection(
     *,
     selection: Literal["uniform", "consecutive", "random"] = "uniform",
     consistent: bool = True,
+    kv_merge: str | None = None,
 ) -> Plan:
     """The same indices of an axis everywhere; no data, no rescaling.
 
@@ -34,9 +36,11 @@ def weight_selection(
         selection: Which indices: evenly spaced, the first ones, or drawn from the seed.
         consistent: With `random`, one draw for an axis; False draws again for each parameter, as in the paper's
             ablation, where it is clearly worse.
+        kv_merge: `"least_squares"` makes each key/value head stand for neighbours, `"mean"` takes their mean
+            (2305.13245); None selects.
 
     Raises:
-        PlanError: an unknown selection, or inconsistency without `random`.
+        PlanError: an unknown selection or merge, or inconsistency without `random`.
         SizeError: query heads that no selection of whole kv groups gives.
     """
     rng = np.random.default_rng(request.seed)
@@ -49,13 +53,16 @@ def weight_selection(
         raise PlanError(f"selection={selection!r} is unknown; known are {', '.join(choosers)}")
     if not consistent and selection != "random":
         raise PlanError(f"consistent=False goes with selection='random', not {selection!r}")
-    request.check_heads()
-    fixed = request.fixed_maps()
-    maps = _maps(request, choosers[selection]) | fixed
+    means = merged(request, kv_merge) if kv_merge else {}
+    taken = {key.partition("@")[0] for key in means}
+    request.check_heads(but=taken)
+    fixed: dict[str, AxisMap] = {**request.fixed_maps(), **means}
+    taken |= fixed.keys()
+    maps = _maps(request, choosers[selection], taken) | fixed
     if not consistent:
         for name, *_ in request.certificate.spelled(request.layers):
-            own = _maps(request, choosers["random"])
-            maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items() if axis not in fixed}
+            own = _maps(request, choosers["random"], taken)
+            maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items() if axis not in taken}
     return request.plan(maps)
 
 
@@ -66,7 +73,7 @@ def uniform(size: int, keep: int) -> np.ndarray:
     return np.round(np.linspace(0, size - 1, keep)).astype(np.int64)
 
 
-def _maps(request: Request, choose: Choose) -> dict[str, AxisMap]:
+def _maps(request: Request, choose: Choose, given: Collection[str]) -> dict[str, AxisMap]:
     before, after = request.before, request.after
     maps: dict[str, AxisMap] = {}
     for axis in request.axes:
@@ -77,8 +84,10 @@ def _maps(request: Request, choose: Choose) -> dict[str, AxisMap]:
                 maps[axis] = Gather(tuple(choose(before[axis], after[axis]).tolist()), before[axis])
             continue
         kv_heads = sibling(axis, KV_HEADS)
-        width, keep = before[axis] // before[kv_heads], after[axis] // after[kv_heads]
-        groups, inside = choose(before[kv_heads], after[kv_heads]), choose(width, keep)
-        maps[kv_heads] = Gather(tuple(groups.tolist()), before[kv_heads])
+        own = after[kv_heads] if kv_heads in given else before[kv_heads]  # merged, a group is of several
+        width, keep = before[axis] // own, after[axis] // after[kv_heads]
+        groups, inside = choose(own, after[kv_heads]), choose(width, keep)
+        if kv_heads not in given:
+            maps[kv_heads] = Gather(tuple(groups.tolist()), before[kv_heads])
         maps[axis] = Gather(tuple((groups[:, None] * width + inside).ravel().tolist()), before[axis])
     return maps

@@ -27,8 +27,7 @@ T = TypeVar("T")
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 
-# What belongs to a model besides weights and config: never code, never a pickle.
-SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*.json",
     "tokenizer*.txt",
     "tokenizer.model*",
@@ -40,6 +39,11 @@ SIDE_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+
+# What belongs to a model besides weights and config: never code, never a pickle.
+SIDE_FILES = (
+    *TOKENIZER_FILES,
     "chat_template.*",
     "preprocessor_config.json",
     "video_preprocessor_config.json",

@@ -19,7 +19,7 @@ from typing import Self, final
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_ws.errors import CheckpointError, PlanError, UnsupportedArchitectureError
 from hf_ws.store import config as configs
@@ -100,6 +100,15 @@ class Source:
         if self._model is None:
             self._model = self._load()
         return self._model
+
+    def generation_config(self) -> GenerationConfig | None:
+        """A copy of its generation settings; None where it has none of its own."""
+        if self.files is None:
+            own = getattr(self.model(), "generation_config", None)
+            return None if own is None else GenerationConfig.from_dict(own.to_dict())
+        if (self.files / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.files)
+        return None
 
     def close(self) -> None:
         """Let go of the files; tensors and the model already handed out stay valid."""
