@@ -12,9 +12,15 @@ them all; medians are printed.
     ours        hf_ws.training.train
     teacher     the teacher's forward pass alone, on the same batches
     distil      hf_ws.training.train with that teacher, forward KL
+    compiled    on a GPU: the same with compile=True
+    liger       on a GPU with the package liger_kernel: the same with its kernels for norms, positions and MLPs
 
     plain       forward KL and cross-entropy from whole float32 logits, backward; peak memory at a vocabulary of 128 k
     chunked     the same by hf_ws.distill.token_losses, from hidden states
+    fused       on a GPU with liger_kernel: the same by its two fused losses
+
+With liger_kernel, how far its losses and their gradients, and a model with its kernels, are from ours in float32.
+Utilisation counts 6 FLOPs a token for every weight of the student and 2 for the teacher's, attention's own left out.
 """
 
 from __future__ import annotations
@@ -26,15 +32,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "student": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
         "teacher": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
-        "vocab": 8192, "block": 256, "batch": 8, "steps": 12, "precision": "fp32",
+        "vocab": 8192, "block": 256, "batch": 8, "steps": 9, "precision": "fp32",
     },
     "large": {  # about 0.5 B and 1.5 B
         "student": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 20, "num_attention_heads": 20},
@@ -42,8 +50,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab": 32768, "block": 2048, "batch": 8, "steps": 30, "precision": "bf16",
     },
 }  # fmt: skip
-ARMS = ("bare", "trainer", "ours", "teacher", "distil")
-MEMORY = ("plain", "chunked")
+ARMS = ["bare", "trainer", "ours", "teacher", "distil"]
+MEMORY = ["plain", "chunked"]
+TAUGHT = {"distil": {}, "compiled": {"compile": True}, "liger": {"liger": True}}
+"""The settings of the arms that distil."""
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """bf16 FLOP/s of the makers' sheets, dense."""
 
@@ -56,13 +66,18 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("speed", "memory"))
+    parser.add_argument("--only", choices=("speed", "memory", "exact"))
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(measure(args.arm, SHAPES[args.shape], args.threads)))
         return
-    for title, arms in (("speed", ARMS), ("memory", MEMORY)):
+    import torch
+
+    gpu, liger = torch.cuda.is_available(), find_spec("liger_kernel") is not None
+    speed = ARMS + ["compiled"] * gpu + ["liger"] * (gpu and liger)
+    tables = {"speed": speed, "memory": MEMORY + ["fused"] * (gpu and liger), "exact": ["exact"] * liger}
+    for title, arms in tables.items():
         if args.only in (None, title):
             found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
             for run in range(args.runs):
@@ -87,6 +102,12 @@ def report(title: str, found: dict[str, list[dict[str, float]]]) -> None:
         arm: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for arm, runs in found.items()
     }
+    if title == "exact":
+        for own in middle.values():
+            print(
+                "\nfrom Liger's, relative: " + ", ".join(f"{key} {value:.1e}" for key, value in own.items())
+            )
+        return
     if title == "memory":
         print("\n| | GB | seconds | share of plain's memory |\n|---|---|---|---|")
         for arm, own in middle.items():
@@ -108,17 +129,20 @@ def measure(arm: str, shape: dict[str, Any], threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arm in MEMORY:
+    if arm == "exact":
+        return exact(device)
+    if arm in (*MEMORY, "fused"):
         return peak(arm, device)
     student = llama(shape, "student").to(device)
-    teacher = llama(shape, "teacher").to(device).eval() if arm in ("teacher", "distil") else None
+    teacher = llama(shape, "teacher").to(device).eval() if arm in ("teacher", *TAUGHT) else None
     if teacher is not None and shape["precision"] == "bf16":
         teacher = teacher.bfloat16()
     count = shape["batch"] * shape["steps"]
     ids = torch.randint(shape["vocab"], (count, shape["block"]))
-    run = {"bare": bare, "trainer": trainer, "ours": ours, "teacher": forward, "distil": ours}[arm]
-    seconds = run(student, teacher, ids, shape, device)
-    speed = shape["batch"] * shape["block"] / seconds
+    run = {"bare": bare, "trainer": trainer, "teacher": forward}.get(arm) or partial(ours, arm)
+    clock = Clock(teacher if arm == "teacher" else student, device, threads)
+    run(student, teacher, ids, shape, device)
+    speed = shape["batch"] * shape["block"] / clock.pace()
     flops = 6 * size(student) * (arm != "teacher") + 2 * size(teacher) * (teacher is not None)
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     best = next((value for key, value in PEAK.items() if key in name), 0.0)
@@ -140,20 +164,32 @@ def size(model: Any) -> int:
     )
 
 
-def paced(step: Callable[[int], None], steps: int, device: Any) -> float:
-    """Seconds a step, the first third left out."""
-    import torch
+class Clock:
+    """Notes the time whenever the model begins a step.
 
-    warm, started = steps // 3, 0.0
-    for number in range(steps):
-        if number == warm:
-            if device.type == "cuda":
+    On a GPU once all before is done; on one CPU thread this process's own time, which others on the machine do not
+    lengthen; else the wall's.
+    """
+
+    def __init__(self, model: Any, device: Any, threads: int) -> None:
+        self.times: list[float] = []
+        self.device = device
+        self.now = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        model.register_forward_pre_hook(self.note)
+
+    def note(self, model: Any, _: Any) -> None:
+        """Note it; not where the recipe tries the head out on one row, which it does before it trains."""
+        import torch
+
+        if model.training:
+            if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            started = time.perf_counter()
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / (steps - warm)
+            self.times.append(self.now())
+
+    def pace(self) -> float:
+        """Seconds from one step to the next, the first third left out."""
+        times = self.times[len(self.times) // 3 :]
+        return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def half(shape: dict[str, Any], device: Any) -> Any:
@@ -163,16 +199,22 @@ def half(shape: dict[str, Any], device: Any) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if shape["precision"] == "bf16" else nullcontext()
 
 
-def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds a step of a loop that does nothing else."""
+def batches(ids: Any, shape: dict[str, Any], device: Any) -> Iterator[Any]:
+    """The token ids of one step after another."""
+    for rows in ids.split(shape["batch"]):
+        yield rows.to(device)
+
+
+def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """A loop that does nothing else."""
     import torch
 
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, shape["steps"])
     student.train()
-
-    def step(number: int) -> None:
-        rows = ids[number * shape["batch"] :][: shape["batch"]].to(device)
+    for rows in batches(ids, shape, device):
         with half(shape, device):
             loss = student(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
@@ -181,30 +223,21 @@ def bare(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: An
         schedule.step()
         optimizer.zero_grad()
 
-    return paced(step, shape["steps"], device)
 
-
-def forward(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds of the teacher's forward pass."""
+def forward(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """The teacher's forward pass; in training mode for the clock's sake, which changes nothing without dropout."""
     import torch
 
-    def step(number: int) -> None:
+    teacher.train()
+    for rows in batches(ids, shape, device):
         with torch.no_grad(), half(shape, device):
-            teacher(input_ids=ids[number * shape["batch"] :][: shape["batch"]].to(device), use_cache=False)
-
-    return paced(step, shape["steps"], device)
+            teacher(input_ids=rows, use_cache=False)
 
 
-def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds a step under Transformers' Trainer."""
+def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """Transformers' Trainer."""
     import datasets
-    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
-
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+    from transformers import Trainer, TrainingArguments, default_data_collator
 
     rows = datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()})
     arguments = TrainingArguments(
@@ -212,57 +245,101 @@ def trainer(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device:
         save_strategy="no", logging_steps=10, disable_tqdm=True, bf16=shape["precision"] == "bf16",
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type != "cpu",
     )  # fmt: skip
-    Trainer(
-        model=student,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=default_data_collator,
-        callbacks=[Clock()],
-    ).train()
-    warm = shape["steps"] // 3
-    return (times[-1] - times[warm - 1]) / (shape["steps"] - warm)
+    Trainer(model=student, args=arguments, train_dataset=rows, data_collator=default_data_collator).train()
 
 
-def ours(student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> float:
-    """Seconds a step of the recipe."""
+def ours(arm: str, student: Any, teacher: Any, ids: Any, shape: dict[str, Any], device: Any) -> None:
+    """The recipe."""
     from hf_ws.training import TrainConfig, train
 
-    warm = shape["steps"] // 3
     config = TrainConfig(
         steps=shape["steps"], batch_size=shape["batch"], learning_rate=1e-4, precision=shape["precision"],
-        log_every=1, progress=False,
+        progress=False, **{"liger": False} | TAUGHT.get(arm, {}),
     )  # fmt: skip
-    rows = train(config, model=student, teacher=teacher, train_blocks=ids).rows
-    return (rows[-1]["seconds"] - rows[warm - 1]["seconds"]) / (shape["steps"] - warm)
+    train(config, model=student, teacher=teacher, train_blocks=ids)
+
+
+def sides(tokens: int, vocab: int, widths: tuple[int, int], device: Any) -> tuple[Any, ...]:
+    """Hidden states and heads of student and teacher, and labels; the student's take gradients."""
+    import torch
+
+    hidden, taught = (torch.randn(tokens, width, device=device) for width in widths)
+    # In place, for what is freed before the start would hide as much of the peak.
+    weight, theirs = (torch.randn(vocab, width, device=device).div_(width**0.5) for width in widths)
+    labels = torch.randint(vocab, (tokens,), device=device)
+    return hidden.requires_grad_(), weight.requires_grad_(), taught, theirs, labels
+
+
+def plain(hidden: Any, weight: Any, taught: Any, theirs: Any, labels: Any) -> Any:
+    """Half cross-entropy, half forward KL, from whole logits."""
+    from torch.nn.functional import cross_entropy, kl_div
+
+    logits, wanted = hidden @ weight.T, (taught @ theirs.T).log_softmax(-1)
+    divergence = kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+    return 0.5 * cross_entropy(logits, labels) + 0.5 * divergence
+
+
+def chunked(hidden: Any, weight: Any, taught: Any, theirs: Any, labels: Any) -> Any:
+    """The same by ours."""
+    from hf_ws.distill import Head, token_losses
+
+    heads = {"student_head": Head(weight), "teacher_head": Head(theirs)}
+    return token_losses(hidden, labels, taught, weights={"cross_entropy": 0.5, "forward_kl": 0.5}, **heads)[0]
+
+
+def fused(hidden: Any, weight: Any, taught: Any, theirs: Any, labels: Any) -> Any:
+    """The same by Liger's; its generalised Jensen-Shannon divergence is forward KL at beta 0."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+
+    divergence = LigerFusedLinearJSD(jsd_beta=0.0)(hidden, weight, taught, theirs, labels)
+    return 0.5 * LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels) + 0.5 * divergence
 
 
 def peak(arm: str, device: Any) -> dict[str, float]:
     """Peak memory beyond what is there before the loss, and its seconds: 2,048 tokens, vocabulary 128 k."""
     import torch
-    from torch.nn.functional import cross_entropy, kl_div
 
-    from hf_ws.distill import Head, token_losses
-
-    tokens, vocab, widths = 2048, 131_072, (512, 1024)
-    hidden, taught = (torch.randn(1, tokens, width, device=device) for width in widths)
-    weight, theirs = (torch.randn(vocab, width, device=device) / width**0.5 for width in widths)
-    hidden.requires_grad_(), weight.requires_grad_()
-    labels = torch.randint(vocab, (1, tokens), device=device)
-    weight.grad = torch.zeros_like(weight)  # there before every step but the first
+    loss, given = {"plain": plain, "chunked": chunked, "fused": fused}[arm]
+    given = sides(2048, 131_072, (512, 1024), device)
+    given[1].grad = torch.zeros_like(given[1])  # there before every step but the first
+    if device.type == "cuda":  # a first time for what is loaded and tuned on the way
+        loss(*given).backward()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     before, started = _memory(device), time.perf_counter()
-    if arm == "plain":
-        logits, wanted = hidden @ weight.T, (taught @ theirs.T).log_softmax(-1)
-        log_q = logits.log_softmax(-1)
-        divergence = kl_div(log_q.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
-        loss = 0.5 * cross_entropy(logits.flatten(0, 1), labels.flatten()) + 0.5 * divergence
-    else:
-        loss, _ = token_losses(
-            hidden, labels, taught, weights={"cross_entropy": 0.5, "forward_kl": 0.5}, student_head=Head(weight),
-            teacher_head=Head(theirs),
-        )  # fmt: skip
-    loss.backward()
-    float(loss)
+    done = loss(*given)
+    done.backward()
+    float(done)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return {"gigabytes": (_memory(device) - before) / 1e9, "seconds": time.perf_counter() - started}
+
+
+def exact(device: Any) -> dict[str, float]:
+    """The largest differences from Liger's, as parts of the largest value: of the loss and gradients, and of logits."""
+    import torch
+
+    from hf_ws.training.kernels import put_kernels
+
+    given = sides(256, 4096, (256, 512), device)
+    found = []
+    for one in (chunked, fused):
+        loss = one(*given)
+        found.append((loss.detach(), *torch.autograd.grad(loss, given[:2])))
+    names = ("loss", "gradient of states", "gradient of head")
+    apart = {name: apart_by(*pair) for name, pair in zip(names, zip(*found, strict=True), strict=True)}
+    if device.type == "cpu":  # under Triton's interpreter, which does not run all kernels
+        return apart
+    model, ids = llama(SHAPES["small"], "student").to(device), torch.arange(256, device=device)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        put_kernels(model, True)
+        return apart | {"logits": apart_by(before, model(input_ids=ids).logits)}
+
+
+def apart_by(ours: Any, theirs: Any) -> float:
+    """The largest difference, as a part of the largest value."""
+    return float((ours - theirs).abs().max() / ours.abs().max())
 
 
 def _memory(device: Any) -> float:

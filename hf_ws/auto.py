@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws import store
 from hf_ws.axes import AXES, LAYERS, kind_of
+from hf_ws.compensation import COMPENSATIONS
 from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
 from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
@@ -67,6 +68,7 @@ class AutoSubclone:
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
+        compensation: Sequence[str] | None = None,
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -97,7 +99,9 @@ class AutoSubclone:
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
                 of source layers to keep; the method's own policy if None.
             calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, an iterable of model inputs, or
-                the `Evidence` that `calibrate` gave; methods that rank by activation look at it.
+                the `Evidence` that `calibrate` gave; methods that rank by activation, or turn the stream, look at it.
+            compensation: Names in `COMPENSATIONS`: what is done with that data against what the maps lose, in this
+                order; the method's own if None.
             seed: Of everything random: drawn indices and freshly initialised weights.
             dtype: Of the target's weights, as in Transformers (`torch.bfloat16`, `"bfloat16"`); the source's if None.
             device: Where the target goes, and where calibration runs; the CPU if None.
@@ -140,6 +144,7 @@ class AutoSubclone:
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
+        compensation: Sequence[str] | None = None,
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -233,6 +238,7 @@ class _Ask:
     method_args: Mapping[str, Any] = field(default_factory=dict)
     layer_policy: str | LayerPolicy | Sequence[int] | None = None
     calibration: Any = None
+    compensation: Sequence[str] | None = None
     seed: int = 0
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
@@ -263,6 +269,7 @@ class _Ask:
             sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
             fields=arguments["config_fields"],
             method_args=arguments["method_args"] or {},
+            compensation=arguments["compensation"],
             where={name: arguments[name] for name in ("revision", "token", "cache_dir", "local_files_only")},
             **{name: arguments[name] for name in ("method", "layer_policy", "calibration", "seed", "device")},
         )
@@ -282,6 +289,8 @@ def _observed(opened: store.Source, ask: _Ask) -> Observation | None:
     wants = (*(policy_wants(ask.policy) or ()), *getattr(_method(ask.method, ask.method_args), "wants", ()))
     if (score := ask.method_args.get("score")) is not None:
         wants += score_wants(score)
+    if _compensation(ask, _method(ask.method, ask.method_args)):
+        wants += ("moments",)
     return observe(opened, ask.calibration, wants, ask.device)
 
 
@@ -331,6 +340,7 @@ def _planned(
     request = Request(
         source=name,
         revision=revision,
+        model_class=model_class,
         source_config=config,
         target_config=target,
         certificate=certificate,
@@ -340,6 +350,7 @@ def _planned(
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,
+        compensation=_compensation(ask, method),
     )
     request.check_fixed()
     if not grows:
@@ -367,6 +378,16 @@ def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> 
             "pass calibration= with some text"
         )
     return settle(plan, opened, evidence)
+
+
+def _compensation(ask: _Ask, method: Method) -> tuple[str, ...]:
+    """What is to be done against what the maps lose: what is asked, or the method's own."""
+    if ask.compensation is None:
+        return tuple(getattr(method, "compensation", ()))
+    for name in ask.compensation:
+        if name not in COMPENSATIONS:
+            raise unknown("compensation", name, COMPENSATIONS)
+    return tuple(ask.compensation)
 
 
 def _label(source: SourceLike) -> str:

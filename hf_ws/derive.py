@@ -33,6 +33,7 @@ from hf_ws.axes import (
     sibling,
 )
 from hf_ws.errors import PlanError, SizeError
+from hf_ws.limits import limits
 from hf_ws.sizes import DERIVED, MIXERS, PARTS, field_of, near, nodes, places, regrouped, resize, sizes_of
 
 Kept = Mapping[str, Sequence[int]] | Sequence[int]
@@ -212,7 +213,7 @@ def _attempt(
     target = _follow(config, source, asked)
     for axis in [axis for axis in source if kind_of(axis) == HEADS]:
         problems += _violations(config, axis, source, target, asked, fields)
-    problems += _limits(config, target, asked, fields)
+    problems += limits(config, target, asked, fields)
     if problems:
         return list(dict.fromkeys(problems)), None
     changed = {axis: size for axis, size in target.items() if size != source[axis] or axis in asked}
@@ -345,24 +346,6 @@ def _violations(
             yield f"head_dim={head_dim} is less than rotary_dim={rotary_dim}; give rotary_dim= as well"
     elif heads % kv_heads:
         yield f"{heads_axis}={heads} is no multiple of {kv_axis}={kv_heads}"
-
-
-def _limits(
-    config: Config, target: Mapping[str, int], asked: Mapping[str, int], fields: Mapping[str, Any]
-) -> Iterator[str]:
-    """Sizes that leave out something that other fields speak of."""
-
-    def value(name: str) -> Any:
-        return fields.get(name, getattr(config, name, None))
-
-    per_token = value("num_experts_per_tok")
-    if EXPERTS in target and isinstance(per_token, int) and target[EXPERTS] < per_token:
-        yield f"experts={target[EXPERTS]} is less than the {per_token} that each token is sent to"
-    if VOCAB in asked:
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = value(name) if isinstance(value(name), list) else [value(name)]
-            if any(isinstance(i, int) and i >= asked[VOCAB] for i in ids):
-                yield f"vocab={asked[VOCAB]} leaves out {name}={value(name)}; give {name}= as well"
 
 
 def _names(problems: Sequence[str], config: Config, axis: str) -> bool:

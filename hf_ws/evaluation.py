@@ -159,20 +159,8 @@ def evaluate(
             apart=documents_apart,
             progress=progress,
         )
-    models = [_loaded(model, dtype)]
-    if teacher is not None:
-        try:
-            models.append(_loaded(teacher, dtype))
-        except HfWsError as error:
-            raise DistillationError(f"the teacher cannot be used: {error}") from error
-        check_vocabulary(models[0], models[1], tokenizer, _tokenizer(teacher))
-    for one, name in zip(models, ("the model", "the teacher"), strict=False):
-        check_positions(one.config, len(data.dataset[0]["input_ids"]), name)
-        if "position_ids" in data.dataset.column_names and not keeps_apart(one):
-            raise PlanError(
-                f"{name} ({type(one).__name__}) cannot keep documents apart; leave out documents_apart"
-            )
-    check_ids(data.dataset, models[0].config.get_text_config().vocab_size)
+    models = _models(model, teacher, tokenizer, dtype)
+    _check_fit(models, data)
     count = min(len(data), max_blocks or len(data))
     ids = data.dataset.select([i * len(data) // count for i in range(count)])
     figures = _measured(models, ids, batch_size, progress)
@@ -231,6 +219,30 @@ def run_tasks(
         }
         for task, metrics in found["results"].items()
     }
+
+
+def _models(model: Any, teacher: Any, tokenizer: Any, dtype: str) -> list[PreTrainedModel]:
+    """The model, and the teacher if there is one. Raises DistillationError where it cannot teach this model."""
+    models = [_loaded(model, dtype)]
+    if teacher is None:
+        return models
+    try:
+        models.append(_loaded(teacher, dtype))
+    except HfWsError as error:
+        raise DistillationError(f"the teacher cannot be used: {error}") from error
+    check_vocabulary(models[0], models[1], tokenizer, _tokenizer(teacher))
+    return models
+
+
+def _check_fit(models: list[PreTrainedModel], data: Packed) -> None:
+    """Refuse blocks that are too long for a model, hold ids it lacks, or documents it cannot keep apart."""
+    for one, name in zip(models, ("the model", "the teacher"), strict=False):
+        check_positions(one.config, len(data.dataset[0]["input_ids"]), name)
+        if "position_ids" in data.dataset.column_names and not keeps_apart(one):
+            raise PlanError(
+                f"{name} ({type(one).__name__}) cannot keep documents apart; leave out documents_apart"
+            )
+    check_ids(data.dataset, models[0].config.get_text_config().vocab_size)
 
 
 def _tokenizer(model: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:

@@ -194,8 +194,10 @@ _MASKED: dict[str, tuple[str, ...]] = {
 }
 
 OWN_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "clipseg": {"decoder.hidden": ("reduce_dim",)},  # its decoder is not as wide as the text part
     "mask2former": _MASKED,
     "oneformer": _MASKED,
+    "bridgetower": {"cross.layers": ("num_hidden_layers",)},  # of the bridge between its towers
     "mobilebert": {  # a layer works on a narrower copy of the stream
         "bottleneck.hidden": ("intra_bottleneck_size",),
         "bottleneck.heads": ("num_attention_heads",),
@@ -257,8 +259,15 @@ STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
     },  # the head reads the first as the table of tokens wrote them
     "reformer": {HIDDEN: ("axial.embedding.0", "axial.embedding.1")},  # a position's row, and its column
     "layoutlmv3": {HIDDEN: ("coordinate.embedding", "shape.embedding")},
+    "musicflamingo": {"audio_config.hidden": ("audio_config.waves", "audio_config.still.hidden")},
 }
 """Streams whose channels are not free, as the axes that they consist of, where these do not go by the same name."""
+
+
+def _turned(config: Config) -> int:
+    """How many pairs of a sound's channels turn with its window's number, and as many with the time in that."""
+    return (int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) + 1) // 2
+
 
 HEADED = ("fun_asr_nano_encoder",)
 """Families whose stream is heads side by side, for it is added to values, or split into heads, as it is."""
@@ -268,6 +277,7 @@ _AS_WIDE = {
 }  # with heads of their own
 
 DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
+    "clipseg": {"decoder.head_dim": lambda c: c.reduce_dim // c.decoder_num_attention_heads},
     **WIDTHS,
     **{family: {WAVES: lambda config: config.hidden_size // 2} for family in _TIME_SINES},
     "bloom": {FFN: lambda config: 4 * config.hidden_size},
@@ -280,6 +290,10 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
         "adaptor_config.head_dim": lambda config: (
             config.adaptor_config.hidden_size // config.adaptor_config.num_attention_heads
         ),
+    },
+    "musicflamingo": {
+        "audio_config.waves": _turned,
+        "audio_config.still.hidden": lambda config: config.audio_config.hidden_size - 4 * _turned(config),
     },
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},

@@ -8,91 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.layouts.stacks import of_any_kind
+from hf_ws.maps import AxisMap, Dense, Fold, Gather, Rank, Refit, Turn, from_json, to_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of the saved form."""
 
-DATA_FREE = frozenset({"magnitude", "random", "uniform"})
-"""The scores in `hf_ws.scores.SCORES` that need no calibration data."""
-
 _LAYER = re.compile(r"\.\d+\.")
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Each target index is one source index."""
-
-    index: tuple[int, ...]
-    size: int
-    """The axis's length in the source."""
-    by: str = ""
-    """The score that these were the highest by; empty if none was asked."""
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def as_array(self) -> np.ndarray:
-        """The indices as integers [target length]."""
-        return np.asarray(self.index, dtype=np.int64)
-
-    def __str__(self) -> str:
-        if self.index == tuple(range(self.size)):
-            return "all"
-        steps = set(np.diff(self.index).tolist())
-        why = f" (highest by {self.by})" if self.by else ""
-        if steps == {1} or len(self) == 1:
-            return (f"{self.index[0]} to {self.index[-1]}" if len(self) > 1 else str(self.index[0])) + why
-        every = f", every {_ordinal(steps.pop())}" if len(steps) == 1 and min(steps) > 1 else ""
-        shown = ", ".join(map(str, self.index[:4])) + (", ..." if len(self) > 4 else "")
-        return f"{len(self)} of {self.size}{every}: {shown}{why}"
-
-
-@dataclass(frozen=True)
-class Rank:
-    """The `keep` indices that score highest; which they are is settled when the weights or the data are read."""
-
-    keep: int
-    size: int
-    """The axis's length in the source."""
-    score: str | Callable[..., Any]
-    """A name in `hf_ws.scores.SCORES`, or a score itself."""
-
-    def __len__(self) -> int:
-        return self.keep
-
-    @property
-    def by(self) -> str:
-        """What the score is called."""
-        return called(self.score)
-
-    @property
-    def wants_data(self) -> bool:
-        """Whether the score looks at more than weights."""
-        if isinstance(self.score, str):
-            return self.score not in DATA_FREE
-        return bool(getattr(self.score, "wants", ()))
-
-    def __str__(self) -> str:
-        return "all" if self.keep == self.size else f"the {self.keep} of {self.size} highest by {self.by}"
-
-
-def called(thing: str | Callable[..., Any]) -> str:
-    """The name of what may be named, or be the callable itself."""
-    return thing if isinstance(thing, str) else getattr(thing, "__name__", type(thing).__name__)
-
-
-AxisMap = Gather | Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +34,8 @@ class Plan:
 
     A key of `maps` is an axis (`hidden`), an axis in one target layer (`ffn@3`, or `ffn@decoder.layers.3` where
     there are several stacks), or an axis in one parameter (`hidden@lm_head.weight`, for ablations that break
-    consistency); the most particular one holds. A key of `gains`
-    and an entry of `fresh` is a parameter's name with the layer's number written `*`.
+    consistency); the most particular one holds. A key of `folds` and an entry of `fresh` is a parameter's name with
+    the layer's number written `*`; one of `refits` is its name in the target; one of `gains` is either.
 
     Raises:
         PlanError: on construction, naming everything that is inconsistent.
@@ -132,9 +65,19 @@ class Plan:
     """The source layer of each target layer, by the axis that counts them."""
     maps: Mapping[str, AxisMap]
     gains: Mapping[str, float] = field(default_factory=dict)
-    """What a parameter is multiplied by."""
+    """What a parameter is multiplied by; of a norm that is folded, what it is, for every channel."""
     fresh: tuple[str, ...] = ()
     """Parameters that the model class initialises; `*` alone means all."""
+    folds: Mapping[str, Fold] = field(default_factory=dict)
+    """The norms whose gains move into what reads them, by the gain."""
+    refits: Mapping[str, Refit] = field(default_factory=dict)
+    """The matrices whose reading side is fitted to what the target gives them to read, by target name."""
+    blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The source layers, by number, of which a target layer is the weighted sum where it is not one alone."""
+    compensation: tuple[str, ...] = ()
+    """What is to be done, when the data are read, against what the maps lose: names in `COMPENSATIONS`, in order."""
+    compensated: tuple[str, ...] = ()
+    """What has been done; `refits` and `gains` are what came of it."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -158,8 +101,12 @@ class Plan:
                 for layer in self._scopes(heads):
                     yield from self._heads_apart(heads, layer)
         for name, gain in self.gains.items():
-            if name not in self.layouts or not np.isfinite(gain) or gain <= 0:
+            if not self._is_parameter(name) or not np.isfinite(gain) or gain <= 0:
                 yield f"gain {gain} for {name}"
+        for name, refit in self.refits.items():
+            if not self._is_parameter(name) or refit.read.ndim != 2 or not np.isfinite(refit.read).all():
+                yield f"refit of {name}, with a matrix {refit.read.shape}"
+        yield from self._blend_problems()
         if unknown := [name for name in self.fresh if name != "*" and name not in self.layouts]:
             yield f"fresh {', '.join(unknown)}: no such parameter"
 
@@ -180,10 +127,28 @@ class Plan:
             stack, number = split_key(scope)
             if number >= len(self.layers[stack]):
                 yield f"{key} is for a layer that the target does not have"
-        elif scope and not {scope, _LAYER.sub(".*.", scope, 1)} & {*map(of_any_kind, self.layouts)}:
+        elif scope and not self._is_parameter(scope):
             yield f"{key} is for a parameter that the target does not have"
-        elif isinstance(axis_map, Rank) and axis_map.keep > axis_map.size:
+        elif isinstance(axis_map, Rank | Turn) and axis_map.keep > axis_map.size:
             yield f"{key} keeps {axis_map.keep} of {axis_map.size}; a ranking only drops"
+        elif isinstance(axis_map, Dense) and not (
+            axis_map.read.shape == axis_map.write.shape
+            and np.isfinite(axis_map.read).all()
+            and np.isfinite(axis_map.write).all()
+        ):
+            yield f"{key} has matrices that do not match, or hold no finite numbers"
+
+    def _blend_problems(self) -> Iterator[str]:
+        for key, parts in self.blends.items():
+            stack, number = split_key(key)
+            depth = self.source_sizes.get(stack, 0)
+            if number >= len(self.layers.get(stack, ())) or not all(0 <= int(i) < depth for i in parts):
+                yield f"layer {key} is a sum of layers {', '.join(parts)}, which are not all there"
+
+    def _is_parameter(self, name: str) -> bool:
+        """Whether this is a parameter, or a norm, by its name as it is or with its layer's number written `*`."""
+        known = {*map(of_any_kind, (*self.layouts, *self.folds))}
+        return bool({name, _LAYER.sub(".*.", name, count=1)} & known)
 
     def _is_layer(self, scope: str) -> bool:
         """Whether what stands after the @ is a layer, not a parameter."""
@@ -255,12 +220,14 @@ class Plan:
     @property
     def is_settled(self) -> bool:
         """Whether every index is known; if not, `settle` reads the weights or the data and settles them."""
-        return all(isinstance(axis_map, Gather) for axis_map in self.maps.values())
+        closed = all(isinstance(axis_map, Gather | Dense) for axis_map in self.maps.values())
+        return closed and not self.compensation
 
     @property
     def wants_data(self) -> bool:
-        """Whether a score is still open that looks at more than weights."""
-        return any(isinstance(m, Rank) and m.wants_data for m in self.maps.values())
+        """Whether something is still open that looks at more than weights."""
+        looks = (isinstance(m, Turn) or (isinstance(m, Rank) and m.wants_data) for m in self.maps.values())
+        return any(looks) or bool(self.compensation)
 
     def with_maps(self, maps: Mapping[str, AxisMap], **changes: Any) -> Plan:
         """This plan with other maps."""
@@ -283,33 +250,44 @@ class Plan:
         return apply_plan(self, source, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write one JSON file. Raises OutputError if that fails, PlanError if a callable is still to rank."""
+        """Write the plan as one JSON file, and its matrices, if there are any, as safetensors beside it.
+
+        Raises:
+            OutputError: the files cannot be written.
+            PlanError: a callable is still to rank.
+        """
         for key, axis_map in self.maps.items():
             if isinstance(axis_map, Rank) and callable(axis_map.score):
                 raise PlanError(
                     f"{key} is still to be ranked by {axis_map.by}, a function, which cannot be saved; "
                     "make the plan with calibration=, or save what `from_pretrained` leaves in model.hf_ws_plan"
                 )
-        values = asdict(self) | {
-            "format": FORMAT,
-            "maps": {key: {"kind": type(m).__name__, **asdict(m)} for key, m in self.maps.items()},
-        }
+        path, arrays = Path(path), dict[str, np.ndarray]()
+        values = {own.name: getattr(self, own.name) for own in fields(self)} | {"format": FORMAT}
+        for name in ("maps", "folds", "refits"):
+            values[name] = {key: to_json(f"{name}/{key}", m, arrays) for key, m in values[name].items()}
         try:
-            Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"the plan cannot be written to {path}: {error.strerror}") from error
+            if arrays:
+                save_file(arrays, path.with_suffix(".safetensors"))
+            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"the plan cannot be written to {path}: {reason}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan that `save` wrote. Raises PlanError if the file is missing, of another format or inconsistent."""
+        path = Path(path)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
                 raise PlanError(f"{path} is a plan of another format than {FORMAT}; make it again")
-            kinds = {"Gather": Gather, "Rank": Rank}
-            values["maps"] = {key: kinds[m.pop("kind")](**_tuples(m)) for key, m in values["maps"].items()}
+            beside = path.with_suffix(".safetensors")
+            arrays = load_file(beside) if beside.is_file() else {}
+            for name in ("maps", "folds", "refits"):
+                values[name] = {key: from_json(m, arrays) for key, m in values[name].items()}
             return cls(**_tuples(values))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"{path} is not a saved plan: {type(error).__name__}: {error}") from error
@@ -370,7 +348,7 @@ class Plan:
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no tuples: the sequence fields become what they were."""
     plain = dict(values)
-    for name in plain.keys() & {"index", "fresh", "parameters"}:
+    for name in plain.keys() & {"fresh", "parameters", "compensation", "compensated"}:
         plain[name] = tuple(plain[name])
     if "layers" in plain:
         plain["layers"] = {stack: tuple(kept) for stack, kept in plain["layers"].items()}
@@ -379,10 +357,6 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _bytes_each(dtype: Any) -> int:
     return {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(dtype).removeprefix("torch."), 4)
-
-
-def _ordinal(number: int) -> str:
-    return {1: "", 2: "second", 3: "third"}.get(number, f"{number}th")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -79,8 +79,9 @@ def _following(config: Config) -> dict[tuple[str, ...], Callable[[dict[str, Any]
     """The way to each field that follows others, and what it is by the dict of the whole config."""
     ways: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
     for path, node in nodes(config):
+        family = None if getattr(node, "new_decoder_architecture", False) else node.model_type
         for (model_type, name), leader in FOLLOWERS.items():
-            if node.model_type == model_type and not getattr(node, "new_decoder_architecture", False):
+            if family == model_type:
                 way = (*path, *name.split("."))
                 ways[way] = partial(_led, leader, path, way[:-1])
     return ways
@@ -111,32 +112,33 @@ def _own_places(
     node: Config, path: tuple[str, ...], followers: Container[tuple[str, ...]]
 ) -> dict[str, tuple[Place, ...]]:
     """The axes of one config of the tree, by their names in it."""
-    derived = DERIVED.get(node.model_type, {})
+    family, fields, exceptions = node.model_type, vars(node), exceptions_of(node)  # a config is slow to ask
+    derived = DERIVED.get(family, {})
     open_falcon = getattr(node, "new_decoder_architecture", False)  # then its own kv heads count
     computed = computed_fields(node.__class__)
-    counts = [vars(node)[name] for name in FIELDS[LAYERS] if name in vars(node)]
+    counts = [fields[name] for name in FIELDS[LAYERS] if name in fields]
     layers = None if any(isinstance(count, list | tuple) for count in counts) else next(iter(counts), None)
     found: dict[str, list[Place]] = {}
-    for axis, names in fields_for(node.model_type).items():
+    for axis, names in fields_for(family).items():
         for name in (*names, *(f"{name}_per_layer" for name in names)):
-            if name not in vars(node) or (axis in derived and not open_falcon) or (*path, name) in followers:
+            if name not in fields or (axis in derived and not open_falcon) or (*path, name) in followers:
                 continue
-            value = vars(node)[name]
+            value = fields[name]
             if name in computed and not (axis == LAYERS and _listed(node, value)):
                 continue
             if isinstance(value, list | tuple):
                 if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
                     continue
-                if axis != LAYERS and len(value) == layers and (node.model_type, name) not in BY_MODALITY:
+                if axis != LAYERS and len(value) == layers and (family, name) not in BY_MODALITY:
                     _by_value(found, axis, node, [(v, Place(path, name, i)) for i, v in enumerate(value)])
                 else:
                     for i in range(len(value)):
                         found.setdefault(f"{axis}.{i}", []).append(Place(path, name, i))
             elif value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-                times = MULTIPLES.get((node.model_type, name), lambda _: 1)(node)
+                times = MULTIPLES.get((family, name), lambda _: 1)(node)
                 found.setdefault(axis, []).append(Place(path, name, times=times))
-        exceptions = [(at, own) for at, own in exceptions_of(node).items() if own.keys() & {*names}]
-        places = [(own[n], Place(path, n, None, at)) for at, own in exceptions for n in names if n in own]
+        apart = [(at, own) for at, own in exceptions.items() if own.keys() & {*names}]
+        places = [(own[n], Place(path, n, None, at)) for at, own in apart for n in names if n in own]
         _by_value(found, axis, node, places)
     if "mamba.heads" not in found:  # then they are of the only heads there are
         found.pop("mamba.kv_heads", None)
@@ -202,18 +204,17 @@ def sizes_of(config: Config) -> dict[str, int]:
     for axis, own in places(config).items():
         found[axis] = own[0].read(config)
     for path, node in nodes(config):
-        scope = scope_of(config, path)
+        scope, own_fields = scope_of(config, path), vars(node)
+        made = computed_fields(node.__class__) & own_fields.keys()
         for axis, derived in DERIVED.get(node.model_type, {}).items():
             found[f"{scope}{axis}"] = derived(node)
         for axis, names in fields_for(node.model_type).items():
             if axis != LAYERS:
-                computed = [
-                    name for name in names if name in computed_fields(node.__class__) & vars(node).keys()
-                ]
+                computed = [name for name in names if name in made]
                 if not computed or (*path, computed[0]) in followers:
                     continue
                 if f"{scope}{axis}" not in found and f"{scope}{axis}.0" not in found:
-                    found[f"{scope}{axis}"] = vars(node)[computed[0]]
+                    found[f"{scope}{axis}"] = own_fields[computed[0]]
     _complete(found)
     order = {kind: at for at, kind in enumerate(AXES)}
     known = {

@@ -223,6 +223,20 @@ def test_cross_entropy_is_torchs() -> None:
     assert torch.allclose(*(torch.autograd.grad(value, student)[0] for value in (made, 2 * plain)))
 
 
+def test_autocast_rounds_neither_the_loss_nor_its_gradient() -> None:
+    """Logits in float32 are not for autocast to touch, nor what is made of them."""
+    found = []
+    for on in (False, True):
+        student, teacher = logits(0, 2, 7).requires_grad_(), logits(1, 2, 7)
+        weights = {"cross_entropy": 0.3, "forward_kl": 0.7}
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss, _ = token_losses(student, labels(2, 7), teacher, weights=weights)
+        loss.backward()
+        found.append((loss.detach(), student.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_a_padded_table_is_compared_on_the_common_ids() -> None:
     student, teacher, marks = logits(0, 2, 4), logits(1, 2, 4), labels(2, 4)
     padded = torch.cat([teacher, torch.full((2, 4, 3), 9.0)], -1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -75,13 +76,13 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_curve(folder: Path, name: str) -> None:
-    one, other = rows(folder / "one"), rows(folder / name)
+def assert_same_curve(folder: Path, name: str, reference: str = "one") -> None:
+    one, other = rows(folder / reference), rows(folder / name)
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for a, b in zip(one, other, strict=True):
         for key in a.keys() & {"loss", "ce_loss", "kd_loss", "eval_loss", "tokens"}:
             assert b[key] == pytest.approx(a[key], abs=1e-3), (a, b)
-    first, second = (load_file(folder / run / "model" / "model.safetensors") for run in ("one", name))
+    first, second = (load_file(folder / run / "model" / "model.safetensors") for run in (reference, name))
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
 
@@ -102,16 +103,43 @@ def test_two_processes_give_the_curve_of_one(place: Path, engine: str) -> None:
     assert (place / engine / "checkpoint-8" / MARKS[engine]).exists()
     assert_same_curve(place, engine)
     if engine == "fsdp2":
-        assert_resumes(place, engine)
+        assert_resumes(place, engine, engine)
 
 
-def assert_resumes(place: Path, engine: str) -> None:
+# peft asks Transformers by a name that is about to go.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_trained_where_weights_are_split(place: Path) -> None:
+    """The adapter and the merged model are saved whole, and are those of one process."""
+    lora = ("--lora", "r=4", "alpha=16", "merge=true")
+    launch(place, "lora", [sys.executable], *lora, batch=4, ACCELERATE_USE_CPU="1")
+    launch(place, "lora-fsdp2", accelerate(place, "fsdp2"), *lora, ACCELERATE_USE_CPU="1")
+    split = place / "lora-fsdp2"
+    assert set(torch.load(split / "checkpoint-8" / MARKS["fsdp2"])) == {
+        name for name, parameter in adapted(place, split).named_parameters() if "lora_" in name
+    }
+    assert_same_curve(place, "lora-fsdp2", "lora")
+    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (place / "lora", split))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+    ids = torch.arange(24).view(1, 24)
+    with torch.no_grad():
+        merged = LlamaForCausalLM.from_pretrained(split / "model")(ids).logits
+        assert torch.allclose(adapted(place, split)(ids).logits, merged, atol=1e-5)
+    assert_resumes(place, "fsdp2", "lora-fsdp2", *lora)
+
+
+def adapted(place: Path, run: Path) -> PeftModel:
+    """The student with the adapter that a run saved."""
+    return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(place / "student"), run / "adapter")
+
+
+def assert_resumes(place: Path, engine: str, run: str, *more: str) -> None:
     """What is lost after step 4 comes back bit for bit."""
-    whole = load_file(place / engine / "model" / "model.safetensors")
+    whole = load_file(place / run / "model" / "model.safetensors")
     for name in ("model", "checkpoint-8"):
-        (place / engine / name).rename(place / f"away-{name}")
-    launch(place, engine, accelerate(place, engine), "--resume", ACCELERATE_USE_CPU="1")
-    resumed = load_file(place / engine / "model" / "model.safetensors")
+        (place / run / name).rename(place / f"away-{run}-{name}")
+    launch(place, run, accelerate(place, engine), "--resume", *more, ACCELERATE_USE_CPU="1")
+    resumed = load_file(place / run / "model" / "model.safetensors")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 

@@ -41,7 +41,8 @@ def test_equal_sizes_give_bit_identical_weights(family: str, method: str) -> Non
 def test_a_shrunk_model_is_stock(family: str, method: str, tmp_path: Path) -> None:
     """Saved, Transformers loads it with every key in place and ties kept; it generates alike with and without cache."""
     source = families.model(family)
-    target = AutoSubclone.from_pretrained(source, method=method, **half(source))
+    calibration = IDS if method == "rotation" else None
+    target = AutoSubclone.from_pretrained(source, method=method, calibration=calibration, **half(source))
     assert sizes_of(target.config)[HIDDEN] == sizes_of(source.config)[HIDDEN] // 2
     assert (
         sizes_of(target.config)[HEADS] * sizes_of(target.config)[HEAD_DIM] >= sizes_of(target.config)[HEADS]
@@ -52,9 +53,10 @@ def test_a_shrunk_model_is_stock(family: str, method: str, tmp_path: Path) -> No
         info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     )
     assert sizes_of(AutoConfig.from_pretrained(tmp_path)) == sizes_of(target.config)
-    assert again.get_expanded_tied_weights_keys(all_submodels=True).keys() == (
-        source.get_expanded_tied_weights_keys(all_submodels=True).keys()
-    )
+    if again.config.tie_word_embeddings == source.config.tie_word_embeddings:  # a turned stream is untied
+        assert again.get_expanded_tied_weights_keys(all_submodels=True).keys() == (
+            source.get_expanded_tied_weights_keys(all_submodels=True).keys()
+        )
     out = families.logits(again)
     assert torch.isfinite(out).all()
     torch.testing.assert_close(out, families.logits(target), rtol=0, atol=0)

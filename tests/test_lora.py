@@ -22,7 +22,7 @@ from hf_ws import AutoSubclone
 from hf_ws.errors import PlanError
 from hf_ws.plan import Plan
 from hf_ws.training import TrainConfig, train
-from hf_ws.training.adapters import merged, wrapped
+from hf_ws.training.adapters import merged, merged_apart, wrapped
 from hf_ws.training.blocks import Lora
 from hf_ws.training.job import Job, prepare
 from hf_ws.training.objective import Objective
@@ -144,6 +144,23 @@ def test_merged_weights_are_the_formulas() -> None:
     )
 
 
+@pytest.mark.parametrize("make", [llama, gpt2, lambda: llama(tie_word_embeddings=True)])
+def test_weights_gathered_from_processes_are_merged_alike(make, tmp_path) -> None:
+    """Into a model of its own, ties kept: what a student split over processes is saved as."""
+    made = job(SHORT, make())
+    adapted = wrapped(made)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    apart = merged_apart(made, copies(adapted))
+    assert any("lora_" in name for name, _ in made.model.named_parameters())
+    apart.save_pretrained(tmp_path)
+    stock, found = type(apart).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    assert same(stock.state_dict(), merged(adapted).state_dict())
+
+
 def test_what_an_adapter_belongs_to_is_recorded(tmp_path) -> None:
     llama().save_pretrained(tmp_path / "source")
     asked = {"source": str(tmp_path / "source"), "hidden": 16, "heads": 2, "calibration": 4}
@@ -215,9 +232,11 @@ def test_unknown_targets_are_refused_by_name(tmp_path, lora, model, message) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_engines_that_split_weights_are_refused(monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(PlanError, match=r"lora under FSDP: .* launch with recipes/accelerate/ddp.yaml"):
+def test_deepspeed_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        PlanError, match=r"lora under DeepSpeed: .* launch with recipes/accelerate/fsdp2.yaml"
+    ):
         job(SHORT, llama())
 
 

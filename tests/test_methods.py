@@ -759,7 +759,7 @@ def test_the_target_is_ready_and_shares_no_memory_with_the_source(method: str) -
     source = families.model("gpt2")
     before = {name: value.clone() for name, value in source.state_dict().items()}
     for ask in ({}, {"layers": 3}, {"hidden": 32}):
-        target = subclone(source, method=method, **ask)
+        target = subclone(source, method=method, calibration=families.tokens(), **ask)
         assert not target.training
         with torch.no_grad():
             for parameter in target.parameters():
@@ -781,7 +781,9 @@ def test_the_target_is_ready_and_shares_no_memory_with_the_source(method: str) -
 )
 def test_the_target_has_the_type_that_was_asked_for(dtype: Any, expected: torch.dtype) -> None:
     for method in METHODS:
-        target = subclone(families.model("llama"), hidden=32, dtype=dtype, method=method)
+        target = subclone(
+            families.model("llama"), hidden=32, dtype=dtype, method=method, calibration=families.tokens()
+        )
         assert {p.dtype for p in target.parameters()} == {expected}
         assert target.config.dtype == expected
 

@@ -200,10 +200,10 @@ def test_saving_says_the_same_thing_every_time(tmp_path: Path) -> None:
         "null",
         "3",
         "{}",
-        '{"format": 2}',
-        '{"format": 2, "maps": []}',
-        '{"format": 2, "maps": {"hidden": {"kind": "Gather"}}}',
-        '{"format": 2, "maps": {"hidden": {"kind": "os.system", "index": [0], "size": 1}}}',
+        '{"format": 3}',
+        '{"format": 3, "maps": []}',
+        '{"format": 3, "maps": {"hidden": {"kind": "Gather"}}}',
+        '{"format": 3, "maps": {"hidden": {"kind": "os.system", "index": [0], "size": 1}}}',
         '{"model_type": "llama", "hidden_size": 64}',
     ],
 )
@@ -228,7 +228,7 @@ def _edited(path: Path, **changes: Any) -> Path:
 
 
 def test_a_plan_of_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="is a plan of another format than 2; make it again"):
+    with pytest.raises(PlanError, match="is a plan of another format than 3; make it again"):
         Plan.load(_edited(tmp_path / "plan.json", format=1))
 
 

@@ -421,7 +421,9 @@ class TestTraining:
 
     def test_resumes_bit_for_bit(self, task: str, tmp_path: Path, drawn, rung) -> None:
         chance = (
-            {"mixup": 0.5, "erase": 0.5, "label_smoothing": 0.1} if task == "image_classification" else {}
+            {"mixup": 0.5, "erase": 0.5, "label_smoothing": 0.1, "randaugment": 9.0}
+            if task == "image_classification"
+            else {}
         )
 
         def rows(folder: str, **changes) -> list:

@@ -26,7 +26,7 @@ from hf_ws.cli.architectures import row
 from hf_ws.errors import PlanError
 from hf_ws.layouts import catalogue, certify, run
 from hf_ws.layouts.catalogue import Verdict
-from hf_ws.layouts.certify import _CERTIFICATES, Certificate, _anchored
+from hf_ws.layouts.certify import _CERTIFICATES, Certificate, anchored
 from hf_ws.layouts.miniature import inputs, miniatures
 from hf_ws.sizes import field_of, near, places, sizes_of
 
@@ -46,7 +46,6 @@ SPECIAL: Mapping[str, Mapping[str, float]] = {
         "heads": 4,
     },  # of sixty-fourths: sines and cosines of eight numbers, in a quarter of it
     "lilt": {"hidden": 144, "heads": 9},  # whole sixths, and whole quarters
-    "zamba2": {"layers": 3},  # each layer with the shared attention has its own adapter of it: none can go
     "cvt": {"layers.1": 2, "layers.2": 3},  # the class counts stages where it means layers
     "regnet": {"hidden.0": 24, "hidden.1": 42, "hidden.2": 48, "hidden.3": 66},  # whole groups
     "xclip": {"vision_config.mit.heads": 12},  # they share out what the text is projected to
@@ -106,7 +105,7 @@ class Case:
             if name.endswith(OVERWRITTEN.get(self.name, "*")):
                 buffer[-1] = -1.0
         key = (model_class, json.dumps(made.config.to_dict(), sort_keys=True, default=str))
-        _CERTIFICATES[key] = _anchored(certify(model_class, config), model_class, made.config)
+        _CERTIFICATES[key] = anchored(certify(model_class, config), model_class, made.config)
         return made
 
     @property

@@ -65,24 +65,15 @@ def cache_teacher(
     """
     from accelerate import PartialState
 
-    from hf_ws.training import TrainConfig, load_config_file
+    from hf_ws.training import TrainConfig
     from hf_ws.training import cache_teacher as ask
 
-    given = load_config_file(config) if config else {}
-    flags: dict[str, Any] = {
-        "teacher": teacher,
-        "model": model,
-        "train_files": data,
-        "block": block,
-        "batch_size": batch_size,
-    }
-    flags |= {"steps": steps, "kd_temperature": temperature}
+    flags = {
+        "teacher": teacher, "model": model, "train_files": data, "block": block, "batch_size": batch_size,
+        "steps": steps, "kd_temperature": temperature,
+    }  # fmt: skip
     quiet_unless_seen()
-    given |= {name: value for name, value in flags.items() if value not in (None, [])} | pairs(
-        "--train", train
-    )
-    if unknown := sorted(given.keys() - {one.name for one in fields(TrainConfig)}):
-        raise PlanError(f"--train {unknown[0]}: no such setting of a run; see recipes/clm.py --help")
+    given = _settings(config, flags, train)
     if not {"steps", "tokens"} & given.keys():
         every_block, given["steps"] = True, 1
     made = ask(TrainConfig(**given), output, k=k, every_block=every_block)
@@ -95,3 +86,15 @@ def cache_teacher(
         f"Written to {output}: {made.tokens:,} tokens, {made.bytes:,} bytes, {made.contents.bytes_per_token} a token.\n"
         f"Train from it: the same settings and --teacher-cache {output}, without --teacher"
     )
+
+
+def _settings(config: Path | None, flags: dict[str, Any], train: list[str] | None) -> dict[str, Any]:
+    """Those of the run: the file's, then the flags', then --train's. Raises PlanError for one that does not exist."""
+    from hf_ws.training import TrainConfig, load_config_file
+
+    given = load_config_file(config) if config else {}
+    given |= {name: value for name, value in flags.items() if value not in (None, [])}
+    given |= pairs("--train", train)
+    if unknown := sorted(given.keys() - {one.name for one in fields(TrainConfig)}):
+        raise PlanError(f"--train {unknown[0]}: no such setting of a run; see recipes/clm.py --help")
+    return given

@@ -16,6 +16,6 @@ def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         [tokens].
 
-    Source: DistilBERT, Sanh et al. 2019 (arXiv 1910.01108), section 3.
+    Source: DistilBERT, Sanh et al. 2019 (arXiv 1910.01108), section 2.
     """
     return 1 - cosine_similarity(student, teacher, dim=-1)

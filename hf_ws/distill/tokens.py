@@ -43,8 +43,12 @@ CROSS_ENTROPY = "cross_entropy"
 WHOLE = ("logit_mse",)
 """Losses that are none on merged outcomes."""
 
-_ENTRIES = 2**25
-"""Of a table in float32 at one time, where no other chunk is asked for: 128 MB for each of the few tables alive."""
+_ENTRIES = {"cpu": 2**21}
+"""Of a table in float32 at one time, where no other chunk is asked for: 8 MB on a CPU, which keeps it in its caches and
+its memory from going back to the system; on anything else 128 MB for each of the few tables alive."""
+
+_LEAST = 128
+"""Tokens of a chunk, however long the vocabulary: fewer would read the heads' weights too often."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def token_losses(
         num_items_in_batch: The tokens counted in all the micro-batches of one optimizer step, so that their losses add
             up to the mean over that step. None: the tokens counted here.
         options: Keyword arguments of losses, by name.
-        chunk: Tokens in float32 at one time; by default as many as keep a table at 128 MB.
+        chunk: Tokens in float32 at one time; by default what keeps a table at 128 MB (8 MB on a CPU), at least 128.
 
     Returns:
         A scalar with gradient, and scalars without; zero if no token counts.
@@ -128,13 +132,17 @@ def token_losses(
     if not weights:
         return student.new_zeros(()), {}
     rows = student.reshape(-1, student.shape[-1])
-    chunk = chunk or max(1, _ENTRIES // (len(student_head.weight) if student_head else rows.shape[-1]))
+    chunk = chunk or _chunk_for(len(student_head.weight) if student_head else rows.shape[-1], rows.device)
     taught = teacher.detach().reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher
     own = (None, None) if student_head is None else (student_head.weight, student_head.bias)
     sums = _Sums.apply(objective, chunk, labels.reshape(-1), taught, student_head, teacher_head, rows, *own)
     items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     total, *parts = (value / items for value in sums)
     return total, dict(zip(weights, parts, strict=True))
+
+
+def _chunk_for(vocabulary: int, device: torch.device) -> int:
+    return max(_LEAST, _ENTRIES.get(device.type, 2**25) // vocabulary)
 
 
 @dataclass(frozen=True)
@@ -251,10 +259,11 @@ class _Sums(torch.autograd.Function):
                 if product.requires_grad:
                     (slope,) = torch.autograd.grad(total, product)
                     _add(gradients, slope, own, hidden, head)
+            whole = sums @ factors
         ctx.save_for_backward(*gradients)
         parts = tuple(sums.unbind())
         ctx.mark_non_differentiable(*parts)
-        return (sums @ factors, *parts)
+        return (whole, *parts)
 
     @staticmethod
     @once_differentiable

@@ -24,6 +24,7 @@ from hf_ws.axes import (
     parse,
 )
 from hf_ws.layouts import Certificate, generic
+from hf_ws.sizes import sizes_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,14 @@ def inputs(model: PreTrainedModel, certificate: Certificate) -> dict[str, str]:
     Linear maps with a side that reads, and norms whose gain lies along the residual stream and nothing else.
     """
     found = {}
+    streams = {(size,) for axis, size in sizes_of(model.config).items() if kind_of(axis) == HIDDEN}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             if any(dim.reads and dim.axes for dim in _layout(f"{name}.weight", certificate)):
                 found[name] = f"{name}.weight"
         elif "norm" in type(module).__name__.lower():
+            if getattr(module, "normalized_shape", None) in streams and not [*module.parameters()]:
+                found[name] = f"{name}.weight"  # what its gain would be called, if it had one (OLMo)
             for own, _ in module.named_parameters(recurse=False):
                 layout = _layout(f"{name}.{own}", certificate)
                 if own != "bias" and len(layout) == 1 and _is_stream(layout[0]):

@@ -4,11 +4,12 @@ from hf_ws.layouts.certify import Certificate, certify
 from hf_ws.layouts.explain import visible_sizes
 from hf_ws.layouts.infer import Inferred, infer, tensors_of
 from hf_ws.layouts.select import select
-from hf_ws.layouts.stacks import generic, in_layer, stack_of
+from hf_ws.layouts.stacks import before, generic, in_layer, stack_of
 
 __all__ = [
     "Certificate",
     "Inferred",
+    "before",
     "certify",
     "generic",
     "in_layer",

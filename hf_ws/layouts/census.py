@@ -16,7 +16,7 @@ from hf_ws.errors import PlanError, SizeError, UnsupportedArchitectureError
 from hf_ws.layouts.certify import Certificate
 from hf_ws.layouts.infer import tensors_of
 from hf_ws.layouts.miniature import build_on_meta
-from hf_ws.layouts.stacks import generic, in_layer
+from hf_ws.layouts.stacks import before, generic, sharing
 from hf_ws.sizes import sizes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,8 +72,8 @@ def wanting_the_first(
             continue
         axis, number = split_key(layer)
         if axis in kept and number == 0 and kept[axis][0] != 0:
-            theirs, first = in_layer(pattern, kept[axis][0]), in_layer(pattern, 0)
-            if theirs not in source and first in source:
+            theirs = before(name, layer, certificate.stacks, kept)
+            if theirs not in source and name in source:
                 found[axis] = None
     return [*found]
 
@@ -89,16 +89,14 @@ def check_same_parts(
     stacks = certificate.stacks.kept(kept)
     wanted: set[str] = set()
     for name in target:
-        pattern, layer = generic(name, stacks)
-        if layer is not None:
-            stack, number = split_key(layer)
-            name = in_layer(pattern, kept[stack][number] if stack in kept else number)
-        wanted.add(name)
+        layer = generic(name, stacks)[1]
+        wanted.add(name if layer is None else before(name, layer, certificate.stacks, kept))
     had = set()
     for name in source:
         layer = generic(name, certificate.stacks)[1]
         stack, number = ("", 0) if layer is None else split_key(layer)
-        if stack not in kept or number in kept[stack]:
+        users = {number, sharing(name, certificate.stacks, layer) if layer is not None else None} - {None}
+        if stack not in kept or users <= {*kept[stack]}:
             had.add(name)
     new = sorted(name for name in wanted - had if name not in certificate.tied)
     for names, wrong in ((new, "has parameters that its source lacks"), (sorted(had - wanted), "would lose")):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_ws.axes import HEAD_DIM, HEADS, KV_HEADS, LAYERS, Product, Sum, kind_of, length, parse, sibling, spell
 from hf_ws.errors import SizeError, UnsupportedArchitectureError
 from hf_ws.layouts import irregular, prove, run
+from hf_ws.layouts.bench import TOLERANCE
 from hf_ws.layouts.explain import streams
 from hf_ws.layouts.infer import Inferred, infer, tensors_of
-from hf_ws.layouts.miniature import build_on_meta, inputs
-from hf_ws.layouts.stacks import Stacks, generic
+from hf_ws.layouts.miniature import build_on_meta
+from hf_ws.layouts.stacks import Stacks, before, generic, in_layer, stack_of
 from hf_ws.sizes import near, owner, resize, sizes_of
+
+
+class Spelled(NamedTuple):
+    """What a tensor of a target is called."""
+
+    name: str
+    source: str
+    """In the source."""
+    pattern: str
+    """With the layer's number written `*`."""
+    layer: int | str | None
+    """The key of its layer in the target; None outside the layers."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,25 @@ class Certificate:
         """A tensor's name as `layouts` spells it."""
         return generic(name, self.stacks)[0]
 
+    def spelled(self, layers: Mapping[str, Sequence[int]], more: Iterable[str] = ()) -> Iterator[Spelled]:
+        """Every tensor of a model with these layers of this one, less what a shared layer has for each of its users.
+
+        Args:
+            layers: The layer of this model that each of the other's is, by layer axis.
+            more: Patterns that are spelled out too.
+        """
+        stacks = self.stacks.kept(layers)
+        for pattern in dict.fromkeys([*self.layouts, *more]):
+            stack = stack_of(pattern) if "*" in pattern else ""
+            if stack not in self.stacks:
+                yield Spelled(pattern, pattern, pattern, generic(pattern, stacks)[1])
+                continue
+            for number in range(len(layers[self.stacks[stack]]) - self.stacks.behind.get(stack, 0)):
+                name = in_layer(pattern, number)
+                own, layer = generic(name, stacks)
+                if own == pattern and layer is not None:  # not all layers have it
+                    yield Spelled(name, before(name, layer, self.stacks, layers), pattern, layer)
+
     def kept(self, layers: Mapping[str, Sequence[int]]) -> Certificate:
         """The certificate of a model that has these layers of this one, by layer axis."""
         return replace(self, stacks=self.stacks.kept(layers))
@@ -85,7 +117,7 @@ def certify(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Cer
     if key not in _CERTIFICATES:
         try:
             certificate = certificate_of(model_class, infer(model_class, config))
-            _CERTIFICATES[key] = _anchored(certificate, model_class, config)
+            _CERTIFICATES[key] = anchored(certificate, model_class, config)
         except UnsupportedArchitectureError:
             raise
         except (
@@ -127,11 +159,7 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
     ]
     fixed = dict(inferred.fixed)
     for axis, error in proof.errors.items():
-        if (
-            axis in occurring
-            and axis not in proven
-            and not (kind_of(axis) == LAYERS and error <= prove.TOLERANCE)
-        ):
+        if axis in occurring and axis not in proven and not (kind_of(axis) == LAYERS and error <= TOLERANCE):
             theirs = {
                 a
                 for a in order
@@ -142,7 +170,10 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
                     axis
                 )  # no symmetry, but which pairs a smaller head keeps is known by their frequency
                 continue
-            fixed.setdefault(axis, f"permuting it moved the output by {error:.1e}")
+            known = irregular.MIXED.get((inferred.miniature.model_type, axis))
+            fixed.setdefault(
+                axis, f"{known + ', so ' if known else ''}permuting it moved the output by {error:.1e}"
+            )
     return Certificate(
         model_class=model_class.__name__,
         layouts=layouts,
@@ -157,7 +188,8 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
         unread=proof.unread,
         tables=proof.tables,
         tied=_tied(model_class, inferred.miniature),
-        **_head(model_class, inferred),
+        head=proof.head,
+        head_norm=proof.head_norm,
     )
 
 
@@ -170,7 +202,7 @@ def _turns_whole(config: PreTrainedConfig, axis: str) -> bool:
         return False
 
 
-def _anchored(
+def anchored(
     certificate: Certificate, model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> Certificate:
     """The certificate with the numbers in its layouts as they are in the full model: patches, kernels, classes."""
@@ -213,39 +245,3 @@ def _tied(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple
     except Exception:  # a class that does not tie may object in any way
         return ()
     return tuple(model.get_expanded_tied_weights_keys(all_submodels=True))
-
-
-def _head(model_class: type[PreTrainedModel], inferred: Inferred) -> dict[str, Any]:
-    """The matrix that gives the logits, and the norm right before it: found by following the tensor."""
-    with run.plain_arithmetic(inferred.miniature):
-        model = run.build(model_class, inferred.miniature)
-        head = model.get_output_embeddings()
-        if not isinstance(head, torch.nn.Module):
-            return {}
-        read: list[Tensor] = []
-        written: list[tuple[str, Tensor]] = []
-        hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))]
-        for name, module in model.named_modules():
-            if "norm" in type(module).__name__.lower():
-                hooks.append(
-                    module.register_forward_hook(
-                        lambda _, __, output, name=name: written.append((name, output))
-                    )
-                )
-        run.run(model, inputs(model))
-        for hook in hooks:
-            hook.remove()
-        matrices = [f"{name}.weight" for name, module in model.named_modules() if module is head]
-        if not read or not matrices or matrices[0] not in dict(model.named_parameters()):
-            return {}
-        names = [
-            name
-            for name, output in written
-            if isinstance(output, Tensor) and output.data_ptr() == read[0].data_ptr()
-        ]
-        # A class that starts its gains at zero multiplies by one plus the gain (Gemma): no factor can move there.
-        own = dict(model.get_submodule(names[-1]).named_parameters()) if names else {}
-        # Nor where it is the last layer's own: a gain holds for a tensor of every layer (BART).
-        outside = bool(names) and generic(f"{names[-1]}.weight", inferred.stacks)[1] is None
-        plain = outside and "weight" in own and bool((own["weight"] == 1).all())
-        return {"head": matrices[0], "head_norm": tuple(f"{names[-1]}.{n}" for n in own) if plain else ()}

@@ -65,6 +65,7 @@ ACROSS = (
     "(4 coordinate.embedding + 2 shape.embedding)",
     "(axial.embedding.0 + axial.embedding.1)",
     "(2 (axial.embedding.0 + axial.embedding.1))",
+    "(2 audio_config.waves 2 + audio_config.still.hidden)",
 )
 """The same with axes of several stacks, each by its full name."""
 

@@ -95,7 +95,10 @@ def infer(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Infer
     model = apart(build_on_meta(model_class, small))
     fixed: dict[str, str] = {}
     each: dict[tuple[str, int], str] = {}
-    stacks = Stacks(dict(_stacks(model_class, small, model, fixed, each)), kinds_of(small))
+    behind: dict[str, int] = {}
+    stacks = Stacks(
+        dict(_stacks(model_class, small, model, fixed, each, behind)), kinds_of(small), behind=behind
+    )
     while True:
         shapes = _shapes(model), _shapes(apart(build_on_meta(model_class, other)))
         explain = Explain(small, other, each)
@@ -138,11 +141,13 @@ def _stacks(
     model: nn.Module,
     fixed: dict[str, str],
     each: dict[tuple[str, int], str],
+    behind: dict[str, int],
 ) -> Iterator[tuple[str, str]]:
     """Every module list that grows when a layer is added, with the axis that counts its layers.
 
     An axis that changes the model otherwise goes into `fixed`; one that does not change it is no axis of this class.
-    A tensor's dimension that has as much for each layer goes into `each`, with that axis.
+    A tensor's dimension that has as much for each layer goes into `each`, with that axis; a list that has one entry
+    less than there are layers into `behind`.
     """
     lists = {name: depth for name, module in model.named_modules() if (depth := _depth(module)) is not None}
     for axis in layer_axes(small):
@@ -157,6 +162,7 @@ def _stacks(
         for name, module in deeper.named_modules():
             if name in lists and _depth(module) == lists[name] + 1:
                 found = True
+                behind |= {name: 1} if lists[name] == depth - 1 else {}
                 yield name, axis
         shapes, grown = _shapes(model), _shapes(deeper)
         if not found and grown != shapes:
@@ -327,6 +333,10 @@ def _reading(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int | 
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return (1,) if tensor.shape[1] > 1 or module.groups == 1 else (None,)
     last, before = tensor.ndim - 1, tensor.ndim - 2
+    if (
+        getattr(module, "is_transposed", False) is True and tensor.ndim == 3
+    ):  # experts that are stored as (in, out)
+        return (before, None, last)
     if (tensor.ndim >= 3 and tensor.shape[0] == 1) or _TABLE.search(
         name
     ):  # a token, or a table of them, that is added

@@ -109,6 +109,13 @@ IRREGULAR = (
     ),
 )
 
+MIXED: Mapping[tuple[str, str], str] = {
+    ("prophetnet", "decoder.heads"): (
+        "the stock class reads the biases of its n-gram attention in another order of heads and positions than it made"
+    ),
+}
+"""Axes that no layout can prove, for the class itself mixes them with another; by family, and why."""
+
 HEAD_BIASES: Mapping[str, str] = {
     "bloom": "transformers.models.bloom.modeling_bloom.build_alibi_tensor",
     "falcon": "transformers.models.falcon.modeling_falcon.build_alibi_tensor",

@@ -6,10 +6,12 @@ There are two sets of sizes: what has a given length in both is no accident.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -178,8 +180,21 @@ def _token_ids(config: PreTrainedConfig) -> dict[str, Any]:
 
 def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory: shapes and names only. What a class writes into its config (LeViT) stays there."""
-    with torch.device("meta"):
+    with torch.device("meta"), unfilled():
         return model_class(deepcopy(config))
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules of torch made here have the memory they find: for tensors without any, or that are written at once."""
+    with contextlib.ExitStack() as stack:
+        for name in ("kaiming_uniform_", "xavier_uniform_", "uniform_", "normal_", "trunc_normal_"):
+            stack.enter_context(mock.patch.object(nn.init, name, _as_it_is))
+        yield
+
+
+def _as_it_is(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor
 
 
 def apart(model: PreTrainedModel) -> PreTrainedModel:

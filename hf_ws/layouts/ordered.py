@@ -20,15 +20,15 @@ from hf_ws.layouts.outputs import distance
 from hf_ws.sizes import resize, sizes_of
 
 if TYPE_CHECKING:
-    from hf_ws.layouts.prove import _Bench
+    from hf_ws.layouts.bench import Bench
 
 
-def shortened(bench: _Bench, layouts: Mapping[str, str], axis: str) -> float:
+def shortened(bench: Bench, layouts: Mapping[str, str], axis: str) -> float:
     """How far the output moves when the last positions are cut off a model that never reached them."""
     keep = bench.sizes[axis] * 2 // 3
     try:
         target = resize(bench.inferred.miniature, {axis: keep})
-        model = run.build(bench.model_class, target)
+        model = run.frame(bench.model_class, target)
         bench.silence(model, sizes_of(target))
         cut = bench.transferred(layouts, sizes_of(target), {axis: np.arange(keep)})
         run.load(model, cut)
@@ -37,7 +37,7 @@ def shortened(bench: _Bench, layouts: Mapping[str, str], axis: str) -> float:
         return float("inf")
 
 
-def moved_before(bench: _Bench, layouts: Mapping[str, str], axis: str) -> float:
+def moved_before(bench: Bench, layouts: Mapping[str, str], axis: str) -> float:
     """How far changing a layer's part moves an earlier layer; infinity where it moves another but not its own.
 
     A tensor that moves nothing at all is not read, and its layout rests on its shape.
@@ -61,13 +61,13 @@ def moved_before(bench: _Bench, layouts: Mapping[str, str], axis: str) -> float:
     return worst
 
 
-def _moves(bench: _Bench, state: Mapping[str, Tensor], axis: str) -> list[float]:
+def _moves(bench: Bench, state: Mapping[str, Tensor], axis: str) -> list[float]:
     """How far this state moves what each layer gives."""
     before, after = _given(bench, bench.state, axis), _given(bench, state, axis)
     return [float((before[i] - after[i]).abs().max() / before[i].abs().max()) for i in sorted(before)]
 
 
-def _given(bench: _Bench, state: Mapping[str, Tensor], axis: str) -> dict[int, Tensor]:
+def _given(bench: Bench, state: Mapping[str, Tensor], axis: str) -> dict[int, Tensor]:
     """What each layer gives with this state, by its number."""
     given: dict[int, Tensor] = {}
     hooks = []
@@ -78,7 +78,7 @@ def _given(bench: _Bench, state: Mapping[str, Tensor], axis: str) -> dict[int, T
                 given[number] = next(value for _, value in run.tensors("", output))
 
             hooks.append(module.register_forward_hook(note))
-    run.load(bench.model, state)
+    bench.load(state)
     run.run(bench.model, bench.inputs)
     for hook in hooks:
         hook.remove()

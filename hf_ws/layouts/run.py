@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws.layouts import irregular, zoo
-from hf_ws.layouts.miniature import apart
+from hf_ws.layouts.miniature import apart, unfilled
 from hf_ws.sizes import nodes
 
 Outputs = dict[str, Tensor]
@@ -67,6 +67,12 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
     return apart(model_class(config).to(torch.float64).eval())
 
 
+def frame(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """As `build`, with parameters that are still to be written: whatever was in their memory."""
+    with unfilled(), mock.patch.object(PreTrainedModel, "initialize_weights", return_value=None):
+        return build(model_class, config)
+
+
 def without_tables(model: PreTrainedModel, widths: set[int]) -> tuple[str, ...]:
     """Set to zero every table of positions that is computed, not learned, and added to a stream; returns their names.
 
@@ -75,12 +81,13 @@ def without_tables(model: PreTrainedModel, widths: set[int]) -> tuple[str, ...]:
     """
     found = []
     for path, module in model.named_modules():
-        if type(module).__name__.endswith("SinePositionEmbedding"):  # computed for each picture
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        computed = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        own = plain | module._buffers | module._parameters
+        if type(module).__name__.endswith(_SINES) and not own:  # computed for each picture, each text
             module.forward = _zeros_of(module.forward)
             found.append(path)
             continue
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        computed = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, table in (plain | computed).items():
             if (
                 table is not None
@@ -91,6 +98,10 @@ def without_tables(model: PreTrainedModel, widths: set[int]) -> tuple[str, ...]:
                 table.zero_()
                 found.append(f"{path}.{name}".lstrip("."))
     return tuple(found)
+
+
+_SINES = ("SinePositionEmbedding", "SinusoidalPositionalEmbedding")
+"""What modules are called that give each position its sines: some keep a table of them, some compute it each time."""
 
 
 def _zeros_of(forward: Any) -> Any:

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ws.axes import Layout, positions
+from hf_ws.axes import Dim, Layout, Product, length, positions
+
+Sides = tuple[np.ndarray, np.ndarray]
+"""A dense map of an axis: what writes it is multiplied by the first matrix, what reads it by the second; each [target
+length, source length]."""
 
 
 def select(
@@ -16,29 +20,35 @@ def select(
     layout: Layout,
     source: Mapping[str, int],
     target: Mapping[str, int],
-    maps: Mapping[str, np.ndarray],
+    maps: Mapping[str, np.ndarray | Sides],
 ) -> Tensor:
-    """The target's tensor: along every dimension, the positions that the maps name.
+    """The target's tensor: along every dimension, the positions that the maps name, or the sums that they make.
 
     What the maps copy k times is divided by k where it is read, so that the sum over copies stays what it was
-    (Net2Net, 1511.05641, section 3.2). Selection alone copies values bit for bit.
+    (Net2Net, 1511.05641, section 3.2). Selection alone copies values bit for bit; dense maps are applied in at least
+    single precision.
 
     Args:
         tensor: The source's tensor, not changed; may be a memory-mapped file.
         layout: Its dimensions.
         source: Sizes of the source's axes.
         target: Sizes of the target's axes.
-        maps: The source index of each target index, by axis.
+        maps: By axis, the source index of each target index, or the two sides of a dense map.
 
     Returns:
         A tensor that may be a view of the source: clone it before writing to it.
     """
+    dense = {axis: sides for axis, sides in maps.items() if isinstance(sides, tuple)}
+    if dense:
+        tensor = _mixed(tensor, layout, source, dense)
+        whole = {axis: np.arange(target[axis]) for axis in dense}  # they have the target's length by now
+        source, maps = {**source, **{axis: target[axis] for axis in dense}}, {**maps, **whole}
     gathered: dict[int, np.ndarray] = {}
     shares: list[tuple[int, np.ndarray]] = []
     for at, dim in enumerate(layout):
         if not dim.axes:
             continue
-        index = positions(dim, source, target, maps)
+        index = positions(dim, source, target, maps)  # type: ignore[arg-type]  # no dense one is left
         if dim.reads and (copies := np.bincount(index)[index]).max() > 1:
             shares.append((at, copies))
         if (step := _step(index)) is None:
@@ -67,3 +77,44 @@ def _gather(tensor: Tensor, gathered: Mapping[int, np.ndarray]) -> Tensor:
     for place, index in indices.items():
         tensor = tensor[(slice(None),) * place + (index,)]
     return tensor
+
+
+def _mixed(tensor: Tensor, layout: Layout, source: Mapping[str, int], dense: Mapping[str, Sides]) -> Tensor:
+    """The tensor with its dense axes mapped, one after the other."""
+    for at, dim in enumerate(layout):
+        for axis in (axis for axis in dim.axes if axis in dense):
+            tensor = mix(tensor, at, dim, source, axis, dense[axis][dim.reads])
+            source = {**source, axis: len(dense[axis][0])}
+        source = {**source, **{axis: sides[0].shape[1] for axis, sides in dense.items()}}
+    return tensor
+
+
+def mix(tensor: Tensor, at: int, dim: Dim, sizes: Mapping[str, int], axis: str, matrix: np.ndarray) -> Tensor:
+    """A tensor of which one axis in dimension `at` is multiplied by a matrix [target length, source length].
+
+    Args:
+        tensor: In the sizes given.
+        at: The dimension.
+        dim: What it consists of: the axis, or a product with the axis as one factor.
+        sizes: Of the axes in `dim`.
+        axis: The one that is mapped.
+        matrix: What maps it.
+
+    Raises:
+        ValueError: the axis lies inside a sum.
+    """
+    factors = dim.expression.factors if isinstance(dim.expression, Product) else (dim.expression,)
+    if factors.count(axis) != 1:
+        raise ValueError(f"{axis} is no plain factor of {dim.expression}; no dense map can be applied to it")
+    place = factors.index(axis)
+    before, after = (length(Dim(Product(part)), sizes) for part in (factors[:place], factors[place + 1 :]))
+    shape = tensor.shape
+    parted = tensor.reshape(*shape[:at], before, sizes[axis], after, *shape[at + 1 :])
+    return along(parted, at + 1, matrix).reshape(*shape[:at], -1, *shape[at + 1 :])
+
+
+def along(tensor: Tensor, at: int, matrix: np.ndarray) -> Tensor:
+    """A tensor whose dimension `at` is multiplied by a matrix [target length, source length]."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    by = torch.from_numpy(np.ascontiguousarray(matrix)).to(wide)
+    return torch.tensordot(by, tensor.to(wide), dims=([1], [at])).movedim(0, at)

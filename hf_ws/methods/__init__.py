@@ -4,9 +4,10 @@
 
     AutoSubclone.from_pretrained("gpt2", hidden=384, method=my_method, method_args={"option": 2})
 
-A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none), `grows` (True if it
-can make an axis longer than the source's) and `wants` (what its plans will ask of calibration data, so that one pass
-collects it together with what the layer policy asks; see `hf_ws.evidence.STATISTICS`).
+A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none), `compensation`
+(names in `hf_ws.compensation.COMPENSATIONS`, likewise), `grows` (True if it can make an axis longer than the source's)
+and `wants` (what its plans will ask of calibration data, so that one pass collects it together with what the layer
+policy asks; see `hf_ws.evidence.STATISTICS`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
+from hf_ws.methods.rotation import rotation
 from hf_ws.methods.subclone import subclone
 from hf_ws.methods.weight_selection import weight_selection
 from hf_ws.plan import Plan
@@ -23,8 +25,9 @@ Method = Callable[..., Plan]
 
 METHODS: dict[str, Method] = {
     "random": random,
+    "rotation": rotation,
     "subclone": subclone,
     "weight_selection": weight_selection,
 }
 
-__all__ = ["METHODS", "Method", "Request", "random", "subclone", "weight_selection"]
+__all__ = ["METHODS", "Method", "Request", "random", "rotation", "subclone", "weight_selection"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws._version import __version__
 from hf_ws.axes import (
@@ -32,7 +33,8 @@ from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
-from hf_ws.plan import AxisMap, Gather, Plan, called
+from hf_ws.maps import AxisMap, Fold, Gather, called
+from hf_ws.plan import Plan
 from hf_ws.sizes import field_of, nodes, owner, sizes_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Request:
 
     source: str
     revision: str | None
+    model_class: type[PreTrainedModel]
     source_config: PreTrainedConfig
     target_config: PreTrainedConfig
     certificate: Certificate
@@ -56,6 +59,8 @@ class Request:
     seed: int = 0
     calibrated: bool = False
     """Whether evidence from data will be there when the plan is settled."""
+    compensation: tuple[str, ...] = ()
+    """What is to be done against what the maps lose."""
 
     @cached_property
     def before(self) -> dict[str, int]:
@@ -201,10 +206,30 @@ class Request:
                     f"{groups}={enough}"
                 )
 
-    def fan_in_gains(self) -> dict[str, float]:
+    def untied(self) -> Request:
+        """The same, for a target whose head is a tensor of its own."""
+        config = deepcopy(self.target_config)
+        tied = [node for _, node in nodes(config) if getattr(node, "tie_word_embeddings", False)]
+        if not tied:
+            return self
+        for node in tied:
+            node.tie_word_embeddings = False
+        texts = [
+            self.certificate.layouts[name]
+            for name in self.certificate.tied
+            if name in self.certificate.layouts
+        ]
+        more = sum(int(np.prod([length(dim, self.after) for dim in parse(text)])) for text in texts)
+        logger.warning("the head is untied from the embedding: %s parameters more", f"{more:,}")
+        return replace(self, target_config=config, parameters=(self.parameters[0], self.parameters[1] + more))
+
+    def fan_in_gains(self, without: Collection[str] = ()) -> dict[str, float]:
         """sqrt(fan-in of the source / fan-in of the target) for every matrix that reads a shrunk axis.
 
         Nothing is rescaled where it is not proven which side reads.
+
+        Args:
+            without: Axes that do not count: what is read of them is made up for otherwise.
         """
         if not self.certificate.reads:
             logger.warning(
@@ -214,7 +239,7 @@ class Request:
             return {}
         gains = {}
         for name, text in self.certificate.layouts.items():
-            reading = [dim for dim in parse(text) if dim.reads]
+            reading = [dim for dim in parse(text) if dim.reads and not {*dim.axes} & {*without}]
             gain = float(np.prod([np.sqrt(length(d, self.before) / length(d, self.after)) for d in reading]))
             if gain != 1.0:
                 gains[name] = gain
@@ -236,6 +261,7 @@ class Request:
         *,
         gains: Mapping[str, float] | None = None,
         fresh: tuple[str, ...] = (),
+        folds: Mapping[str, Fold] | None = None,
     ) -> Plan:
         """The plan with these maps."""
         fresh = tuple(dict.fromkeys([*fresh, *self.fresh_head()]))
@@ -258,6 +284,8 @@ class Request:
             maps=dict(maps),
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,
+            folds=dict(folds or {}),
+            compensation=tuple(self.compensation),
         )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hf_ws.axes import EXPERTS, FFN, HEADS, HIDDEN, KV_HEADS, kind_of
+from hf_ws.maps import DATA_FREE, AxisMap, Gather, Rank
 from hf_ws.methods.request import Request
-from hf_ws.plan import DATA_FREE, AxisMap, Gather, Plan, Rank
+from hf_ws.plan import Plan
 from hf_ws.scores import Score, score_of
 
 SEEN = (HIDDEN, FFN, KV_HEADS, HEADS, EXPERTS)
@@ -30,9 +33,17 @@ def subclone(request: Request, *, rescale: bool = True, score: str | Score | Non
         PlanError: an unknown score.
         SizeError: query heads that no selection of whole kv groups gives.
     """
+    request.check_heads()
+    maps = ranked_maps(request, score)
+    return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
+
+
+def ranked_maps(
+    request: Request, score: str | Score | None, given: Mapping[str, AxisMap] | None = None
+) -> dict[str, AxisMap]:
+    """The maps of every axis but the `given` ones: the highest by a score, where a method may choose."""
     if score is not None:
         score_of(score)
-    request.check_heads()
     by = score or ("activation" if request.calibrated else "magnitude")
     before, after = request.before, request.after
     maps = request.fixed_maps()
@@ -43,9 +54,9 @@ def subclone(request: Request, *, rescale: bool = True, score: str | Score | Non
         blind = isinstance(by, str) and by not in DATA_FREE and kind_of(axis) not in SEEN
         return Rank(after[axis], before[axis], "magnitude" if blind else by)
 
-    for axis in (axis for axis in request.axes if axis not in maps):
+    for axis in (axis for axis in request.axes if axis not in maps and axis not in (given or {})):
         maps |= dict.fromkeys(request.places(axis), ranked(axis))
-    return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
+    return maps
 
 
 subclone.layer_policy = "middle_dropped"  # type: ignore[attr-defined]

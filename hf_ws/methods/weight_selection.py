@@ -9,7 +9,6 @@ import numpy as np
 
 from hf_ws.axes import HEADS, KV_HEADS, kind_of, sibling
 from hf_ws.errors import PlanError
-from hf_ws.layouts import generic, in_layer, stack_of
 from hf_ws.methods.request import Request
 from hf_ws.plan import AxisMap, Gather, Plan
 
@@ -54,7 +53,7 @@ def weight_selection(
     fixed = request.fixed_maps()
     maps = _maps(request, choosers[selection]) | fixed
     if not consistent:
-        for name in _target_names(request):
+        for name, *_ in request.certificate.spelled(request.layers):
             own = _maps(request, choosers["random"])
             maps |= {f"{axis}@{name}": axis_map for axis, axis_map in own.items() if axis not in fixed}
     return request.plan(maps)
@@ -83,17 +82,3 @@ def _maps(request: Request, choose: Choose) -> dict[str, AxisMap]:
         maps[kv_heads] = Gather(tuple(groups.tolist()), before[kv_heads])
         maps[axis] = Gather(tuple((groups[:, None] * width + inside).ravel().tolist()), before[axis])
     return maps
-
-
-def _target_names(request: Request) -> list[str]:
-    """Every tensor of the target, layer numbers spelled out."""
-    names = []
-    stacks = request.certificate.stacks.kept(request.layers)
-    for pattern in request.certificate.layouts:
-        stack = request.certificate.stacks.get(stack_of(pattern)) if "*" in pattern else None
-        if stack is None:
-            names.append(pattern)
-            continue
-        spelled = [in_layer(pattern, layer) for layer in range(len(request.layers[stack]))]
-        names += [name for name in spelled if generic(name, stacks)[0] == pattern]  # not all layers have it
-    return names

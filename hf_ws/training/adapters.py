@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ws.errors import PlanError
@@ -34,15 +34,14 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
     """Refuse adapters for modules that the model does not have.
 
     Raises:
-        PlanError: A name that is the end of no linear module, a head that is tied, adapters already there, or an engine
-            that splits weights over processes.
+        PlanError: A name that is the end of no linear module, a head that is tied, adapters already
+            there, or DeepSpeed.
     """
-    for engine in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
-            raise PlanError(
-                f"lora under {engine}: adapters are trained where every process has the whole model; launch with "
-                "recipes/accelerate/ddp.yaml, cpu2.yaml or single.yaml"
-            )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise PlanError(
+            "lora under DeepSpeed: its checkpoints hold all weights, not adapters; launch with "
+            "recipes/accelerate/fsdp2.yaml, or ddp.yaml, cpu2.yaml, single.yaml"
+        )
     if getattr(model, "peft_config", None) or any("lora_" in name for name, _ in model.named_parameters()):
         raise PlanError("the model has adapters already; merge them first with PeftModel.merge_and_unload()")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -69,9 +68,14 @@ def wrapped(job: Job) -> PeftModel:
 
     They are drawn on the CPU from the run's seed, and change nothing until they are trained.
     """
+    return _adapted(job, job.model)
+
+
+def _adapted(job: Job, model: PreTrainedModel) -> PeftModel:
+    """A model of the student's class with fresh adapters in its modules."""
     from peft import LoraConfig, get_peft_model
 
-    lora, model = job.config.lora, job.model
+    lora = job.config.lora
     assert lora is not None
     modules = [module for _, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     config = LoraConfig(
@@ -109,6 +113,25 @@ def merged(adapted: Any) -> PreTrainedModel:
         return adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ArithmeticError(f"the adapters cannot be merged: {error}") from error
+
+
+def merged_apart(job: Job, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A stock model of its own, on the CPU, with the adapters merged; the student may be split over processes.
+
+    Args:
+        job: With the student's class and config.
+        weights: All of the adapted student's, whole, by name.
+
+    Raises:
+        ArithmeticError: A merged weight is not finite.
+    """
+    with torch.device("meta"):
+        plain = type(job.model)(job.model.config)
+        adapted = _adapted(job, plain)
+    adapted.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = job.model.generation_config
+    return merged(adapted)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -28,16 +28,16 @@ from hf_ws.errors import DistillationError, PlanError
 from hf_ws.store import check_output, new_folder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
-from hf_ws.training.job import prepare, print_of_model
+from hf_ws.training.job import Job, prepare, print_of_model
 from hf_ws.training.run_folder import write_json
 from hf_ws.training.sharding import engine
 from hf_ws.training.teacher_cache import (
     Contents,
     TeacherCache,
     print_of_data,
-    print_of_tokenizer,
     write_manifest,
 )
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets
@@ -88,6 +88,8 @@ def cache_teacher(
         raise PlanError(f"k={k}, dtype={dtype!r}; k is at least 1, dtype float16 or float32")
     if not config.distils or (teacher is None and config.teacher is None):
         raise PlanError("no teacher to ask: set teacher= to a folder or Hub id, and kd_weight above 0")
+    if config.streaming:
+        raise PlanError("a cache is of data in memory; leave out streaming, or train from a live teacher")
     target = Path(folder).expanduser()
     check_output(target)
     state = PartialState(**engine())
@@ -100,17 +102,7 @@ def cache_teacher(
     job = prepare(replace(config, teacher_cache=None), **given)
     assert job.teacher is not None
     asked, blocks = job.teacher.to(state.device), job.blocks
-    vocabulary = asked.config.get_text_config().vocab_size
-    contents = Contents(
-        teacher=print_of_model(asked),
-        tokenizer=None if job.tokenizer is None else print_of_tokenizer(job.tokenizer),
-        data=print_of_data(blocks, progress=config.progress and state.is_main_process),
-        block=len(blocks[0]["input_ids"]),
-        temperature=config.kd_temperature,
-        vocabulary=vocabulary,
-        k=min(k, vocabulary),
-        dtype=dtype,
-    )
+    contents = _contents(job, k, dtype)
     numbers = list(range(len(blocks))) if every_block else sorted(set(job.order().tolist()))
     source: Any = config.teacher if teacher is None else teacher
     del job  # and with it the student
@@ -124,6 +116,22 @@ def cache_teacher(
         shutil.rmtree(partial)
     state.wait_for_everyone()
     return TeacherCache(target)
+
+
+def _contents(job: Job, k: int, dtype: str) -> Contents:
+    """What the cache is of."""
+    assert job.teacher is not None
+    vocabulary = job.teacher.config.get_text_config().vocab_size
+    return Contents(
+        teacher=print_of_model(job.teacher),
+        tokenizer=None if job.tokenizer is None else print_of_tokenizer(job.tokenizer),
+        data=print_of_data(job.blocks, progress=job.config.progress and PartialState().is_main_process),
+        block=len(job.blocks[0]["input_ids"]),
+        temperature=job.config.kd_temperature,
+        vocabulary=vocabulary,
+        k=min(k, vocabulary),
+        dtype=dtype,
+    )
 
 
 def _name(teacher: Any) -> str:

@@ -14,19 +14,29 @@ from transformers import ProgressCallback, TrainerCallback
 from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import DivergenceError
 from hf_ws.training import run_folder
+from hf_ws.training.guard import Guard
 from hf_ws.training.job import Job
+from hf_ws.training.placed import Streamed
 
 
 class Recorder(TrainerCallback):
     """Keeps the rows, writes them as they come, marks checkpoints whole, and stops a run that diverges."""
 
     KEYS = ("loss", "ce_loss", "kd_loss", *LOSSES, *STATE_LOSSES, "learning_rate", "grad_norm")
-    EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy")
+    EVAL_KEYS = (
+        "eval_loss",
+        "eval_perplexity",
+        "eval_bits_per_byte",
+        "eval_accuracy",
+        "eval_word_error_rate",
+    )
 
     def __init__(self, job: Job, folder: Path | None, rows: list[dict[str, Any]]) -> None:
         self.job = job
         self.folder = folder
         self.rows = rows
+        self.streamed: Streamed | None = None
+        self.guard = Guard(job.config.nonfinite_steps)
         self.use_cache = getattr(job.model.config, "use_cache", None)
         self.started = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
 
@@ -44,12 +54,16 @@ class Recorder(TrainerCallback):
             return  # the Trainer's closing summary
         step = state.global_step
         row = {"step": step, "tokens": step * self.job.tokens_per_step, **numbers}
+        if "loss" in row and (left_out := self.guard.told()):
+            row["left_out"] = left_out
         row["seconds"] = round(time.monotonic() - self.started, 3)
         self.rows.append(row)
         if self.folder and state.is_world_process_zero:
             run_folder.write_metrics(self.folder, [row], append=True)
         # Under fp16 the loss scaler meets infinite gradients, skips those steps and goes on: no divergence.
-        watched = ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm")
+        watched = ["loss", "eval_loss"] if args.fp16 else ["loss", "eval_loss", "grad_norm"]
+        if row.get("left_out") and not args.fp16:  # whose loss and gradient are in these figures
+            watched = ["eval_loss"]
         bad = [f"{key} is {row[key]}" for key in watched if not math.isfinite(row.get(key, 0.0))]
         if bad:
             raise DivergenceError(
@@ -62,7 +76,10 @@ class Recorder(TrainerCallback):
         """Mark the checkpoint whole, once every process has written its part."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            run_folder.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self.streamed is not None:
+                run_folder.keep_stream_state(checkpoint, self.streamed.state_at(state.global_step))
+            run_folder.mark_whole(checkpoint)
 
 
 class Bar(ProgressCallback):

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.errors import PlanError
 from hf_ws.training.blocks import Lora, Subclone
+from hf_ws.training.kernels import Asked
 from hf_ws.training.presets import PRESETS
 from hf_ws.training.typed import block_of, check_types, made, pair, read_settings, say
 
@@ -55,6 +56,9 @@ class TrainConfig:
     dataset_split: str = "train"  # its split
     text_column: str = "text"  # the column or JSON key that holds the text
     mixture: dict[str, Weight] = field(default_factory=dict)  # sources of text, and their weights
+    streaming: bool = False  # read text while training: a dataset of the Hub, or files too large for memory
+    shuffle_buffer: int = 10_000  # texts of a stream that are shuffled among each other; 1 for none
+    skip_bad_rows: bool = False  # leave out rows that hold no text, with a count; else stop at the first
     block: int = 512  # tokens in a training sequence
     documents_apart: bool = True  # no token sees another document of its block, where the model can (clm)
     mask_probability: float = 0.15  # tokens hidden (mlm) or cut out in spans (seq2seq), as a part of a block
@@ -69,11 +73,13 @@ class TrainConfig:
     label_column: str = "label"  # the column of their classes
     crop: float = 1.0  # least part of a picture that a random crop keeps; 1 for the whole
     flip: bool = False  # turn every other picture's left to its right
+    randaugment: float = 0.0  # strength, up to 10, of changes of pictures drawn by chance; 0 for none
     label_smoothing: float = 0.0  # of a label's weight, the part given to all classes alike
     mixup: float = 0.0  # pictures blended in pairs, by a share drawn from Beta(mixup, mixup); 0 for none
     cutmix: float = 0.0  # rectangles of pictures put into others, as large as a share of Beta(cutmix, cutmix)
     erase: float = 0.0  # the part of pictures that lose a rectangle to noise
     audio_column: str = "audio"  # the column of sound (speech); its text is in text_column
+    word_errors: bool = False  # write down held-out clips at every evaluation, and count the wrong words
     language: str | None = None  # of that text, where the tokenizer marks languages
 
     # How long, and how much at a time.
@@ -86,6 +92,7 @@ class TrainConfig:
     lora: Lora | None = None  # adapters of low rank instead of all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass, to save memory
     compile: bool = False  # compile every layer with torch.compile
+    liger: Asked = "auto"  # Liger's kernels; auto: where installed, on a GPU, for the model's type
 
     # Optimizer and schedule.
     preset: Literal["inherited"] | None = None  # fills what is not given; inherited: lower rate and decay
@@ -99,6 +106,7 @@ class TrainConfig:
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_epsilon: float = 1e-8  # added to the root of the second moment
+    nonfinite_steps: int = 0  # steps in a row that may be left out because their gradient is not finite
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # the launcher's, else bf16 on a GPU, fp32
     seed: int = 0  # order of the batches, dropout
     workers: int = 0  # processes beside the training that read and prepare batches
@@ -181,6 +189,8 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
             options["help"] += f"; {say(block)}; over the file's, key by key"
         elif hints[one.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif hints[one.name] == Asked:
+            options |= {"type": _asked, "choices": ["auto", True, False], "metavar": "auto|true|false"}
         elif get_origin(hints[one.name]) is list:
             options |= {"nargs": "+", "type": int if hints[one.name] == list[int] else str, "metavar": "X"}
         elif get_origin(hints[one.name]) is dict:
@@ -205,6 +215,11 @@ def config_from_flags(arguments: Sequence[str] | None, description: str) -> Trai
     return TrainConfig(**{**values, **given})
 
 
+def _asked(text: str) -> Any:
+    """A flag's `auto`, `true` or `false`."""
+    return {"true": True, "false": False}.get(text, text)
+
+
 def _weight(text: str) -> Weight:
     """A flag's `0.5`, or `0.9:0.1` for a weight that moves."""
     numbers = [float(part) for part in text.split(":")]
@@ -222,6 +237,8 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
     if config.eval_split and (config.eval_files or not config.dataset):
         yield "eval_split is of a dataset, in place of eval_files; give dataset, or leave one out"
+    if not 0 <= config.randaugment <= 10:
+        yield f"randaugment={config.randaugment}; from 0 to 10"
     if not 0 < config.crop <= 1:
         yield f"crop={config.crop}; above 0, up to 1"
     for name in ("label_smoothing", "erase"):
@@ -231,6 +248,7 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         yield "train_files, dataset and mixture: give one of the three"
     if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
         yield f"mixture={config.mixture}; weights are single numbers above 0"
+    yield from _streaming(config)
     if config.model and config.subclone:
         yield f"model={config.model!r} and subclone both given; give one of the two"
     for block in (config.subclone, config.lora):
@@ -255,7 +273,16 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
         "max_eval_blocks": 0,
         "keep_checkpoints": 2,
     }
-    least |= {"workers": 0, "mixup": 0, "cutmix": 0, "seed": 0, "weight_decay": 0, "max_grad_norm": 0}
+    least |= {
+        "shuffle_buffer": 1,
+        "nonfinite_steps": 0,
+        "workers": 0,
+        "mixup": 0,
+        "cutmix": 0,
+        "seed": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+    }
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:
@@ -273,6 +300,19 @@ def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             yield f"{name}={getattr(config, name)}; from 0 to below 1"
+
+
+def _streaming(config: TrainConfig) -> typing.Iterator[str]:
+    if not config.streaming:
+        return
+    if config.workers:
+        yield f"workers={config.workers} with streaming, which reads in the training's own process; leave it out"
+    if config.teacher_cache:
+        yield "teacher_cache with streaming: a cache holds the blocks of data in memory; take a live teacher"
+    if not config.max_eval_blocks and not config.eval_files:
+        yield "max_eval_blocks=0 with streaming, which has no end; give a number, or eval_files"
+    if config.source_column or config.target_column:
+        yield "streaming reads text that is packed, and no pairs; leave out source_column and target_column"
 
 
 def _out_of_range_kd(config: TrainConfig) -> typing.Iterator[str]:

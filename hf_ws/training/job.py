@@ -21,12 +21,15 @@ from hf_ws.plan import Plan
 from hf_ws.training import adapters
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
+from hf_ws.training.kernels import kernels_for
 from hf_ws.training.records import fingerprint
 from hf_ws.training.run_folder import START
 from hf_ws.training.start import Start, saved_plan, teacher_by_default
+from hf_ws.training.stream import Stream, behind
 from hf_ws.training.tasks import TASKS, Rows, Task
 from hf_ws.training.tasks.causal_lm import keeps_apart
 from hf_ws.training.teacher_cache import TeacherCache
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets
@@ -58,6 +61,8 @@ class Job:
     """Of a mixture, the rows of each source and its weight."""
     cache: TeacherCache | None = None
     """What the teacher said, in its place."""
+    stream: Stream | None = None
+    """Where the rows of the run come from if not from `blocks`, which then are its first ones."""
 
     @property
     def base(self) -> str | None:
@@ -101,9 +106,9 @@ def _turns(shares: list[float], count: int) -> tuple[Tensor, Tensor]:
     """Which source each place takes from, and the how manieth of that source it is."""
     if len(shares) == 1:
         return torch.zeros(count, dtype=torch.long), torch.arange(count)
-    taken, source, turn = np.zeros(len(shares)), np.zeros(count, np.int64), np.zeros(count, np.int64)
+    taken, source, turn = [0] * len(shares), np.zeros(count, np.int64), np.zeros(count, np.int64)
     for place in range(count):
-        source[place] = at = int(np.argmax(np.asarray(shares) * (place + 1) - taken))
+        source[place] = at = behind(shares, taken)
         turn[place] = taken[at]
         taken[at] += 1
     return torch.from_numpy(source), torch.from_numpy(turn)
@@ -126,16 +131,22 @@ def prepare(
     """
     start, named = _named(config, task, model)
     kind = TASKS[task]
+    if config.streaming and kind.unit != "tokens":
+        raise PlanError(f"streaming reads text, and the task {task} takes other data; leave it out")
     tokenizer = tokenizer or (kind.load_processor(named) if named else None)
     student = model.config if model is not None else start.config if start else _read_config(str(named))
+    kernels_for(student.model_type, config.liger)  # refused, where it is, before any work
     teacher = (config.teacher if teacher is None else teacher) if config.distils else None
     cache = _open_cache(config, task, teacher, student, tokenizer)
     if start and teacher is None and cache is None and config.distils:
         teacher = teacher_by_default(start, str(named))
+    for rows in (train_blocks, eval_blocks):
+        _check_packed(rows, tokenizer)
     doing = kind(config, student, tokenizer)
     if teacher is not None:
         _check_teacher(teacher, model, doing)
     data = _rows(doing, train_blocks, eval_blocks)
+    stream = data.stream
     blocks, held_out = doing.ready(data.train), None if data.held_out is None else doing.ready(data.held_out)
     per_step = config.batch_size * config.grad_accum * PartialState().num_processes
     length = _check_rows(doing, blocks, per_step)
@@ -154,8 +165,8 @@ def prepare(
         logger.warning(
             "%s does not keep documents apart: tokens see those before them", type(loaded).__name__
         )
-        blocks = blocks.remove_columns("position_ids")
-        held_out = held_out and held_out.remove_columns("position_ids")
+        blocks, held_out = (rows and rows.remove_columns("position_ids") for rows in (blocks, held_out))
+        stream = stream and replace(stream, apart=False)
     job = Job(
         config=config,
         steps=config.steps or max(1, (config.tokens or 0) // (per_step * length)),
@@ -170,10 +181,21 @@ def prepare(
         parts=data.parts,
         plan=plan_of(loaded, named if model is None else None),
         cache=cache,
+        stream=stream,
     )
     if cache is not None:
         cache.check_blocks(blocks, job.order(), progress=config.progress and PartialState().is_main_process)
     return job
+
+
+def _check_packed(rows: Any, tokenizer: Any) -> None:
+    """Refuse blocks of ids that mean something else to the tokenizer that is saved with the model."""
+    made_with = rows.tokenizer if isinstance(rows, Packed) else None
+    if made_with and hasattr(tokenizer, "get_vocab") and made_with != print_of_tokenizer(tokenizer):
+        raise DataError(
+            "the blocks were packed with a tokenizer that gives other ids than the model's; pack the text again with "
+            "the model's own"
+        )
 
 
 def _named(config: TrainConfig, task: str, model: PreTrainedModel | None) -> tuple[Start | None, str | None]:

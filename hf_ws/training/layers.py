@@ -1,6 +1,6 @@
 """What is done layer by layer: rates that fall towards the input, and compilation. Layers are the certificate's stacks.
 
-Source: rates by layer: discriminative fine-tuning, Howard and Ruder 2018 (arXiv 1801.06146), section 3.1; as a decay
+Source: rates by layer: discriminative fine-tuning, Howard and Ruder 2018 (arXiv 1801.06146), section 3.2; as a decay
 per layer in ELECTRA, Clark et al. 2020 (arXiv 2003.10555), appendix B.
 """
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_ws.errors import DataError
-from hf_ws.training.data import files_of
+from hf_ws.training.texts import files_of
 
 if TYPE_CHECKING:
     import datasets

@@ -77,9 +77,10 @@ def summary(job: Job, rows: Rows) -> str:
     named = [*config.train_files, *config.mixture, *([config.dataset] if config.dataset else [])]
     data = ", ".join(map(_short, named)) or "given rows"
     pace = [speed for _, speed in speeds(rows)]
+    rows_of = f"rows of {task.length(job.blocks)} {task.unit}"
     facts = {
         "task": type(task).__name__,
-        "data": f"{data}; {len(job.blocks):,} rows of {task.length(job.blocks)} {task.unit}",
+        "data": f"{data}; a stream of {rows_of}" if job.stream else f"{data}; {len(job.blocks):,} {rows_of}",
         "seen": f"{job.steps * job.tokens_per_step:,} {task.unit} in {job.steps:,} steps",
         "optimizer": f"AdamW, learning rate {config.learning_rate:g}, {config.schedule}, weight decay "
         f"{config.weight_decay:g}, seed {config.seed}",
@@ -102,6 +103,7 @@ def _before_and_after(rows: Rows, predicts: str) -> list[str]:
         "eval_perplexity": "perplexity",
         "eval_bits_per_byte": "bits per byte",
         "eval_accuracy": "accuracy",
+        "eval_word_error_rate": "wrong words for each that was said",
     }
     evaluated = [row for row in rows if row.get("eval_loss") is not None]
     if not evaluated:

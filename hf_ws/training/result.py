@@ -56,7 +56,9 @@ def save(trainer: Trainer, folder: Path, job: Job, rows: report.Rows) -> Path:
             with new_folder(folder / ADAPTER) as staging:
                 model.save_pretrained(staging, state_dict=weights)
                 _beside(staging, job, told)
-        if lora.merge:
+        if lora.merge and trainer.is_fsdp_enabled:
+            model, weights = adapters.merged_apart(job, weights) if writes else model, None
+        elif lora.merge:
             model, weights = adapters.merged(model), None
     target = folder / (ADAPTER if lora and not lora.merge else MODEL)
     if writes and target.name == MODEL:

@@ -4,7 +4,7 @@
     metrics.jsonl     one JSON object a line: step, tokens, loss, learning_rate, eval_loss, seconds, ...
     loss.png          the same as a picture
     train.md          what was trained, on what, and what came of it; also in the card of the model
-    checkpoint-N/     weights, optimizer, schedule, random state; and whole.json, written last
+    checkpoint-N/     weights, optimizer, schedule, random state, the place in a stream; and whole.json, written last
     model/            the trained model and its tokenizer, there only when training has ended
     adapter/          with `lora`: the trained adapters; model/ is there besides if they were to be merged
     hf_ws_plan.json   with `subclone`: how the start was made; beside the trained model too
@@ -35,6 +35,7 @@ PICTURE = "loss.png"
 SUMMARY = "train.md"
 MODEL, ADAPTER, START = "model", "adapter", "start"
 _MANIFEST = "whole.json"
+_STREAM = "stream.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -77,6 +78,20 @@ def write_json(path: Path, value: Any) -> None:
     staging = path.with_name(f".{path.name}.part")
     staging.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     staging.replace(path)
+
+
+def keep_stream_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write where the stream goes on after a checkpoint. Call it on one process, before `mark_whole`."""
+    write_json(checkpoint / _STREAM, state)
+
+
+def stream_state(checkpoint: Path) -> tuple[dict[str, Any], int]:
+    """Where the stream goes on after a whole checkpoint, and the checkpoint's step."""
+    return json.loads((checkpoint / _STREAM).read_text(encoding="utf-8")), _step(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def mark_whole(checkpoint: Path) -> None:
@@ -135,7 +150,7 @@ def begin(
         aside = one.with_name(f"damaged-{one.name}")
         shutil.rmtree(aside, ignore_errors=True)
         one.rename(aside)
-    step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
+    step = _step(checkpoint) if checkpoint else -1
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
     write_metrics(folder, rows, append=False)
     write_json(folder / MARK, record)
@@ -155,13 +170,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]], *, append: bool) -> None:
-    """Write rows as JSON lines; what is not finite becomes null, for JSON has no NaN."""
+    """Write rows as JSON lines; what is not finite becomes null, for JSON has no NaN. Raises OutputError."""
     lines = [
         json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
         for row in rows
     ]
-    with (folder / METRICS).open("a" if append else "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
+    try:
+        with (folder / METRICS).open("a" if append else "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        raise OutputError(
+            f"{folder / METRICS} could not be written: {error}. Checkpoints written before are whole; make room, and "
+            "the same command with --resume goes on from the last of them"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from hf_ws.distill import STATE_LOSSES, Favourites
 from hf_ws.distill.tokens import WHOLE
 from hf_ws.errors import DistillationError
+from hf_ws.training.vocabularies import print_of_tokenizer
 
 if TYPE_CHECKING:
     import datasets
@@ -251,9 +252,3 @@ def print_of_data(blocks: datasets.Dataset, *, progress: bool = True) -> str:
         for name in names:
             seen.update(np.ascontiguousarray(batch[name], dtype=np.int64).tobytes())
     return f"{len(blocks)} blocks, {', '.join(names)}, {seen.hexdigest()[:16]}"
-
-
-def print_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A fingerprint of the map from token to id."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]

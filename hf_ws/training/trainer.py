@@ -18,25 +18,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ws.errors import PlanError
+from hf_ws.errors import OutputError, PlanError, ResumeError
 from hf_ws.training import adapters, layers, report, result, run_folder
+from hf_ws.training.arguments import arguments
 from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
+from hf_ws.training.kernels import put_kernels
 from hf_ws.training.objective import Objective
-from hf_ws.training.placed import Placed, likeliest, measured
+from hf_ws.training.placed import Placed, Streamed, likeliest, measured
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
 from hf_ws.training.stop import Stopper
+from hf_ws.training.trackers import trackers
 
 if TYPE_CHECKING:
     import datasets
@@ -152,7 +157,7 @@ def _train(job: Job, folder: Path | None) -> History:
             result.keep_start(folder, job)
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_ws-")))
         recorder = Recorder(job, folder, rows)
-        trainer = _trainer(job, place, recorder, resumed=checkpoint is not None)
+        trainer = _trainer(job, place, recorder, checkpoint)
         _run(trainer, recorder, checkpoint)
         saved = result.save(trainer, folder, job, recorder.rows) if folder and job.config.save_model else None
     return History(recorder.rows, job.tokens_per_step, saved)
@@ -164,6 +169,13 @@ class _Trainer(Trainer):
     def __init__(self, *, job: Job, stopper: Stopper, **options: Any) -> None:
         super().__init__(**options)
         self.job, self.stopper = job, stopper
+        self.doing = "training"
+        if job.task.writes and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise PlanError(
+                "word_errors wants the whole model in every process; leave it out, or launch with DDP"
+            )
+        if put_kernels(job.model, job.config.liger) and job.teacher is not None:
+            put_kernels(job.teacher, "auto")
         teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
         batch = job.task.batch([Placed(job.task, job.blocks, [0], training=True)[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
@@ -191,6 +203,47 @@ class _Trainer(Trainer):
         """As Transformers does it; and FSDP2 where it was asked for and there are only CPUs."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= split_on_cpu(self.accelerator)
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        """As Transformers does it, which takes older checkpoints away only after; a full disk is said to be one.
+
+        Raises:
+            OutputError: The checkpoint could not be written; older ones are as they were.
+        """
+        self.doing = "saving"
+        try:
+            super()._save_checkpoint(*arguments, **options)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch's writer has no error of its own: RuntimeErrors name the file it is written in, or the writer
+            writers = ("inline_container", "PytorchStreamWriter")
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in writers):
+                raise
+            step = self.state.global_step
+            raise OutputError(
+                f"checkpoint-{step} in {self.args.output_dir} could not be written: {error}. Older checkpoints are "
+                "whole; make room, and the same command with --resume goes on from the last of them"
+            ) from error
+        self.doing = "training"
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """As Transformers does it; where the task is to write, with what the model writes in place of logits."""
+        writes = self.job.task.writes and not prediction_loss_only
+        found = super().prediction_step(model, inputs, prediction_loss_only or writes, ignore_keys)
+        if not writes:
+            return found
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            written = self.job.task.written(self.accelerator.unwrap_model(model), inputs)
+        return found[0], written, inputs["labels"]
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As Transformers does it."""
+        self.doing = "evaluating"
+        figures = super().evaluate(*arguments, **options)
+        self.doing = "training"
+        return figures
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, with a rate for each layer where that is asked for."""
@@ -237,94 +290,36 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
 
-def _trainer(job: Job, place: Path, recorder: Recorder, *, resumed: bool) -> _Trainer:
+def _trainer(job: Job, place: Path, recorder: Recorder, checkpoint: Path | None) -> _Trainer:
     stopper, held_out = Stopper(), job.held_out
+    rows: Placed | Streamed
+    if job.stream:
+        per_step = job.tokens_per_step // job.task.length(job.blocks)
+        state, step = run_folder.stream_state(checkpoint) if checkpoint else (None, 0)
+        rows = recorder.streamed = Streamed(job.task, job.stream, job.steps, per_step, state, step)
+    else:
+        rows = Placed(job.task, job.blocks, job.order().tolist(), job.cache, training=True)
     trainer = _Trainer(
         job=job,
         stopper=stopper,
         model=adapters.wrapped(job) if job.config.lora else job.model,
-        args=_arguments(job, place, resumed),
+        args=arguments(job, place, resumed=checkpoint is not None),
         # The whole run is one pass over the blocks in their order: no epoch ends inside it, so neither a
         # remainder batch nor an epoch's own shuffle can make two runs differ.
-        train_dataset=Placed(job.task, job.blocks, job.order().tolist(), job.cache, training=True),
+        train_dataset=rows,
         eval_dataset=held_out and Placed(job.task, held_out, range(len(held_out)), training=False),
         data_collator=job.task.batch,
         compute_metrics=measured(job.task),
-        preprocess_logits_for_metrics=likeliest,
-        callbacks=[stopper, recorder],  # in this order: the second logs where the first saves
+        preprocess_logits_for_metrics=None if job.task.writes else likeliest,
+        # In this order: the recorder logs where the stopper saves, and then trackers are told.
+        callbacks=[stopper, recorder.guard, recorder, *trackers(job.config.report_to)],
     )
+    recorder.guard.accelerator = trainer.accelerator
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if job.config.progress:
         trainer.add_callback(Bar)
     return trainer
-
-
-def _arguments(job: Job, place: Path, resumed: bool) -> TrainingArguments:
-    config, steps, processes = job.config, job.steps, PartialState().num_processes
-    eval_every = max(1, steps // 10) if config.eval_every is None else config.eval_every
-    evaluates = job.held_out is not None and bool(eval_every or config.eval_at)
-    precision = _precision(config)
-    cosine = config.schedule == "cosine"
-    return TrainingArguments(
-        output_dir=str(place),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=min(config.batch_size, len(job.held_out or ()) // processes or 1),
-        gradient_accumulation_steps=config.grad_accum,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio} if cosine else {},
-        warmup_steps=steps // 50 if config.warmup_steps is None else config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        **(_checkpointing() if config.gradient_checkpointing else {}),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=engine().get("cpu", False),
-        ddp_backend=engine().get("backend"),
-        seed=config.seed,
-        train_sampling_strategy="sequential",
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=eval_every or steps,
-        eval_on_start=evaluates and not resumed,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or steps,
-        save_total_limit=config.keep_checkpoints,
-        logging_steps=config.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would log a NaN as 0.0
-        report_to=config.report_to or "none",
-        disable_tqdm=not config.progress,
-        dataloader_pin_memory=not on_cpu(),
-        dataloader_num_workers=config.workers,
-        ddp_find_unused_parameters=False,
-        label_names=["labels"],
-        remove_unused_columns=False,  # the task makes the batch
-    )
-
-
-def _checkpointing() -> dict[str, Any]:
-    """Computes activations again, by the name that this release of Transformers has for it."""
-    old = "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
-    word = "gradient_checkpointing" if old else "activation_checkpointing"
-    return {word: True, f"{word}_kwargs": {"use_reentrant": False}}
-
-
-def _precision(config: TrainConfig) -> str:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "fp32")
-    if config.precision == "auto":
-        has_bf16 = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return "bf16" if launched == "fp32" and has_bf16 else launched
-    if launched not in ("fp32", config.precision):
-        raise PlanError(
-            f"precision={config.precision}, but the launcher was told {launched}; "
-            f"drop one, or launch with --mixed_precision {config.precision.replace('fp32', 'no')}"
-        )
-    return config.precision
 
 
 @contextmanager
@@ -345,6 +340,16 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         with trainer.stopper.listening() if recorder.folder else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.stopper.check(trainer.state.global_step, trainer.state.max_steps)
+    except UnpicklingError as error:
+        raise ResumeError(
+            f"{checkpoint} holds more than numbers, and is not opened: no run of this library wrote it; remove it"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            f"memory ran out at step {trainer.state.global_step} while {trainer.doing}; checkpoints written before are "
+            "whole. Lower batch_size and raise grad_accum, or set gradient_checkpointing"
+        )
+        raise
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Bar):
@@ -357,4 +362,7 @@ def _run(trainer: _Trainer, recorder: Recorder, checkpoint: Path | None) -> None
         model.eval()
         if recorder.folder and trainer.is_world_process_zero():
             task = recorder.job.task
-            report.draw(recorder.folder, recorder.rows, task.unit, task.predicts)
+            try:
+                report.draw(recorder.folder, recorder.rows, task.unit, task.predicts)
+            except OSError as error:  # no picture is worth the error that may be on its way
+                logger.warning("%s could not be drawn: %s", run_folder.PICTURE, error)

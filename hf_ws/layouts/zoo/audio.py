@@ -48,9 +48,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "kyutai_speech_to_text": {"codebook_vocab_size": RESERVED, "num_codebooks": 2},
     "voxtral_realtime_text": {"hidden_size": Each(144, 176)},  # even
     "voxtral": {"audio_token_id": 5},
+    "musicflamingo": {"audio_config.hidden_size": Each(150, 180)},  # of which a fifth is even
     "moss_transcribe_diarize_audio": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "voxtral_encoder": {"max_source_positions": Each(72, 96)},  # four frames side by side
     "audio-spectrogram-transformer": {"max_length": 36},
+    "csm": {"text_vocab_size": 251},
     "fastspeech2_conformer_hifigan": {"upsample_initial_channel": 32},
     "dac": {"encoder_hidden_size": 8, "decoder_hidden_size": Each(96, 160)},
     "granite_speech5_encoder": {"context_size": 12},
@@ -243,11 +245,11 @@ def _windows_of_recordings(model: PreTrainedModel) -> Mapping[str, Tensor]:
 
 
 def _timed(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """Music Flamingo tells from the places in the text when each window of sound was heard."""
+    """Music Flamingo tells from the places in the text when each window of sound was heard: two in each text."""
     part = model.config.audio_config
-    sound = floats(2, part.num_mel_bins, 2 * part.max_source_positions)
-    mask = torch.ones(2, sound.shape[-1], dtype=torch.long)
-    text = words(model.config, [(model.config.audio_token_id, part.max_source_positions // 2)])
+    sound = floats(4, part.num_mel_bins, 2 * part.max_source_positions)
+    mask = torch.ones(4, sound.shape[-1], dtype=torch.long)
+    text = words(model.config, [(model.config.audio_token_id, part.max_source_positions // 2 * 2)])
     return {"input_ids": text, "input_features": sound, "input_features_mask": mask}
 
 

@@ -156,7 +156,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "molmo2_vision": {"num_position_embeddings": 16},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "neomme": {"head_dim": Each(16, 32)},  # a quarter of it rotates in pairs of pairs
-    "ovis2": {"visual_indicator_token_ids": [6, 7, 8, 9, 10]},
+    "ovis2": {"visual_indicator_token_ids": [6, 7, 8, 9, 10], "vocab_size": 300},
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": Open(7)}),
     **dict.fromkeys(("step3p5", "step3p7"), {"sliding_window": Open(4)}),
     "t5gemma2_text": {"dropout_rate": Open(0.0)},

@@ -114,6 +114,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": Open(["conv", "full_attention"] * 16)},
     "longformer": {"attention_window": 4},
+    "pegasus_x": {"block_size": 4, "num_global_tokens": 3},
     "reformer": {
         "hidden_size": Each(135, 147),
         "axial_pos_embds_dim": Each((50, 85), (60, 87)),

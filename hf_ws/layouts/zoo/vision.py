@@ -71,6 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """A backbone of Transformers' own in the place of one from timm, which need not be installed; a scale to look at."""
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "mgp-str": {"num_bpe_labels": 61, "num_wordpiece_labels": 67},
     **{
         name: {"window_size": 2}  # the last stage is no smaller
         for name in ("donut-swin", "maskformer-swin", "swin", "swinv2")

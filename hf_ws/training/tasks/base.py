@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,12 +20,17 @@ from hf_ws.training.data import (
     warn_of_repeats,
 )
 from hf_ws.training.records import usable
+from hf_ws.training.stream import Source, Stream
+from hf_ws.training.texts import is_local
+from hf_ws.training.vocabularies import common_ids
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedConfig
 
     from hf_ws.training.config import TrainConfig
+
+_NO_TEXT = "no text to train on; set train_files (files, folders, globs, or stdlib), dataset or mixture"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Rows:
     """Of the held-out text, where a loss per byte means something."""
     parts: tuple[tuple[int, float], ...] = ()
     """Of a mixture, how many training rows each source has, one after the other, and its weight."""
+    stream: Stream | None = None
+    """Where rows to train on come from, if they are read while it is trained; `train` is the first of them."""
 
 
 class Task:
@@ -62,6 +69,12 @@ class Task:
 
     def __init__(self, config: TrainConfig, model_config: PreTrainedConfig, processor: Any = None) -> None:
         self.config, self.model_config, self.processor = config, model_config, processor
+        self.vocabulary: int | None = None  # of ids that a teacher knows too
+
+    @property
+    def ids(self) -> int:
+        """How many ids, from 0 on, rows may hold."""
+        return self.vocabulary or int(self.model_config.get_text_config().vocab_size)
 
     def taught_by(self, teacher: PreTrainedConfig, processor: Any = None) -> None:
         """Refuse a teacher that speaks of something else; what `for_teacher` makes follows from it.
@@ -73,9 +86,7 @@ class Task:
         Raises:
             DistillationError: Saying what differs.
         """
-        from hf_ws.distill.teacher import check_vocabulary
-
-        check_vocabulary(self.model_config, teacher, self.processor, processor)
+        self.vocabulary = common_ids(self.model_config, teacher, self.processor, processor)
 
     def for_teacher(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the teacher takes, of what the student takes."""
@@ -83,7 +94,11 @@ class Task:
 
     def ready(self, rows: datasets.Dataset) -> datasets.Dataset:
         """The rows as `batch` takes them, checked to suit the model. Raises DataError."""
-        check_ids(rows, self.model_config.get_text_config().vocab_size)
+        check_ids(
+            rows,
+            self.ids,
+            "the vocabulary that the teacher shares" if self.vocabulary else "the model's vocabulary",
+        )
         return rows
 
     def metrics(self, chosen: Any, labels: Any) -> dict[str, float]:
@@ -94,6 +109,20 @@ class Task:
             labels: -100 where nothing is predicted.
         """
         return {}
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything in `metrics`, for which predictions are gathered."""
+        return type(self).metrics is not Task.metrics
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is measured is what the model writes by itself (see `written`), and not what it predicts."""
+        return False
+
+    def written(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """What the model makes of held-out rows by itself, [rows, tokens], -100 after the end of each."""
+        raise NotImplementedError
 
     @classmethod
     def load_processor(cls, source: str) -> Any:
@@ -111,6 +140,8 @@ class Task:
         """The data that the settings name. Raises DataError."""
         import datasets
 
+        if self.config.streaming:
+            return self._streamed()
         if not self.config.mixture:
             train, held_out = self._read()
             return Rows(train.dataset, held_out.dataset, held_out.bytes_per_token)
@@ -133,6 +164,57 @@ class Task:
             return train, self._packed(held_out)
         except HfWsError as error:
             raise DataError(f"held-out text{f' of {source}' if source else ''}: {error}") from error
+
+    def _streamed(self) -> Rows:
+        """The stream, its first blocks, and held-out blocks from its beginning."""
+        from accelerate import PartialState
+
+        config = self.config
+        self._check_processor()
+        stream = Stream(
+            sources=self._sources(),
+            tokenizer=self.processor,
+            block=config.block,
+            window=config.shuffle_buffer,
+            seed=config.seed,
+            apart=self.documents_apart,
+            holds_out=not (config.eval_files or config.eval_split),
+            vocabulary=self.ids,
+        )
+        if config.eval_files:
+            documents = text_files(
+                config.eval_files, column=config.text_column, skip_bad=config.skip_bad_rows
+            )
+        else:
+            read = replace(stream, sources=(self._hub(config.eval_split),)) if config.eval_split else stream
+            documents = read.held_out(config.max_eval_blocks * config.block)
+        per_step = config.batch_size * config.grad_accum * PartialState().num_processes
+        first = stream.sample(max(per_step, config.subclone.calibration if config.subclone else 0))
+        held_out = self._packed(documents)
+        return Rows(first, held_out.dataset, held_out.bytes_per_token, stream=stream)
+
+    def _sources(self) -> tuple[Source, ...]:
+        """What a stream reads. Raises DataError."""
+        config = self.config
+        if config.dataset:
+            return (self._hub(config.dataset_split),)
+        if not config.train_files and not config.mixture:
+            raise DataError(_NO_TEXT)
+        options: dict[str, Any] = {"skip_bad": config.skip_bad_rows}
+        if config.train_files:
+            return (Source.of_files(config.train_files, config.text_column, **options),)
+        return tuple(
+            Source.of_files([name], config.text_column, weight=float(weight), **options)
+            if is_local(name)
+            else Source.of_hub(name, config.text_column, weight=float(weight), **options)
+            for name, weight in config.mixture.items()
+            if not isinstance(weight, list)
+        )
+
+    def _hub(self, split: str) -> Source:
+        config = self.config
+        options: dict[str, Any] = {"config_name": config.dataset_config, "skip_bad": config.skip_bad_rows}
+        return Source.of_hub(str(config.dataset), config.text_column, split=split, **options)
 
     def usable(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Rows that came ready, less those in which nothing is predicted. Raises DataError if no batch can be made."""
@@ -157,22 +239,18 @@ class Task:
     def _documents(self, source: str | None = None) -> tuple[list[Document], list[Document]]:
         """To train on, and held out."""
         config = self.config
-        if self.processor is None:
-            raise DataError(
-                "text came without a tokenizer; take a model folder that holds one, or give tokenizer="
-            )
+        self._check_processor()
+        options: dict[str, Any] = {"column": config.text_column, "skip_bad": config.skip_bad_rows}
         if source is not None:
-            documents = load_text(source, column=config.text_column)
+            documents = load_text(source, **options)
         elif config.train_files:
-            documents = text_files(config.train_files, column=config.text_column)
+            documents = text_files(config.train_files, **options)
         elif config.dataset:
             documents = self._from_hub(config.dataset_split)
         else:
-            raise DataError(
-                "no text to train on; set train_files (files, folders, globs, or stdlib), dataset or mixture"
-            )
+            raise DataError(_NO_TEXT)
         if config.eval_files and source is None:
-            return documents, text_files(config.eval_files, column=config.text_column)
+            return documents, text_files(config.eval_files, **options)
         if config.eval_split:
             return documents, self._from_hub(config.eval_split)
         return split_held_out(documents)
@@ -180,8 +258,18 @@ class Task:
     def _from_hub(self, split: str) -> list[Document]:
         config = self.config
         return load_text(
-            config.dataset, split=split, column=config.text_column, config_name=config.dataset_config
+            config.dataset,
+            split=split,
+            column=config.text_column,
+            config_name=config.dataset_config,
+            skip_bad=config.skip_bad_rows,
         )
+
+    def _check_processor(self) -> None:
+        if self.processor is None:
+            raise DataError(
+                "text came without a tokenizer; take a model folder that holds one, or give tokenizer="
+            )
 
     def _packed(self, documents: list[Document]) -> Packed:
         from accelerate import PartialState

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from hf_ws.errors import DataError, DistillationError
 from hf_ws.training.augment import erased, mixed, random_crop
 from hf_ws.training.corpora import GLYPHS, glyphs
+from hf_ws.training.randaugment import randaugment
 from hf_ws.training.records import rows_of, split_rows
 from hf_ws.training.tasks.base import Rows, Task
 
@@ -173,6 +174,8 @@ class ImageClassification(Task):
             }
         if draw is not None and self.config.flip and draw.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if draw is not None and self.config.randaugment:
+            picture = randaugment(picture, self.config.randaugment, draw)
         pixels = self.processor([picture], return_tensors="pt", **options)["pixel_values"][0]
         if draw is not None and draw.random() < self.config.erase:
             pixels = erased(pixels, draw)

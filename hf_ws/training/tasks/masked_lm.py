@@ -46,6 +46,5 @@ class MaskedLM(Task):
         fate = torch.rand(len(chosen), generator=draw)
         ids[chosen[fate < 0.8]] = tokenizer.mask_token_id
         other = chosen[fate >= 0.9]
-        vocabulary = self.model_config.get_text_config().vocab_size
-        ids[other] = torch.randint(min(len(tokenizer), vocabulary), (len(other),), generator=draw)
+        ids[other] = torch.randint(min(len(tokenizer), self.ids), (len(other),), generator=draw)
         return {"input_ids": ids, "labels": labels}

@@ -114,7 +114,7 @@ class Seq2Seq(Task):
         tokenizer = self._tokenizer
         names = [f"<extra_id_{i}>" for i in range(1000)]
         known = tokenizer.get_vocab()
-        sentinels = [known[name] for name in names if name in known]
+        sentinels = [known[name] for name in names if known.get(name, self.ids) < self.ids]
         wanted = _count(self.config.block, self.config.mask_probability, self.config.mean_span)[1]
         if not sentinels and tokenizer.mask_token_id is None:
             raise DataError(

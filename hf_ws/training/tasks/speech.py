@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_ws.distill.teacher import check_vocabulary
 from hf_ws.errors import DataError, DistillationError
 from hf_ws.training.corpora import DIALTONES, dialtones
 from hf_ws.training.records import rows_of, split_rows
 from hf_ws.training.sound import clip_of
 from hf_ws.training.tasks.base import Rows, Task
 from hf_ws.training.tasks.seq2seq import begun, padded
+from hf_ws.training.vocabularies import common_ids
+from hf_ws.training.word_errors import word_error_rate
 
 if TYPE_CHECKING:
     import datasets
@@ -96,7 +97,8 @@ class Speech(Task):
 
     def taught_by(self, teacher: PreTrainedConfig, processor: Any = None) -> None:
         """Refuse a teacher that hears or writes otherwise."""
-        check_vocabulary(self.model_config, teacher, self.words, getattr(processor, "tokenizer", None))
+        words = getattr(processor, "tokenizer", None)
+        self.vocabulary = common_ids(self.model_config, teacher, self.words, words)
         for name in ("num_mel_bins", "max_source_positions"):
             ours, theirs = getattr(self.model_config, name, None), getattr(teacher, name, None)
             if ours != theirs:
@@ -144,6 +146,46 @@ class Speech(Task):
             "labels": labels,
         }
 
+    @property
+    def measures(self) -> bool:
+        """Where wrong words are counted."""
+        return self.config.word_errors
+
+    @property
+    def writes(self) -> bool:
+        """As above: the likeliest token after the right ones says little of what comes of a clip."""
+        return self.config.word_errors
+
+    def metrics(self, chosen: Any, labels: Any) -> dict[str, float]:
+        """Words that are wrong, for each that was said."""
+        texts = (
+            [self.words.decode(row[row >= 0], skip_special_tokens=True) for row in table]
+            for table in (chosen, labels)
+        )
+        return {"word_error_rate": word_error_rate(zip(*texts, strict=True))}
+
+    @torch.no_grad()
+    def written(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The likeliest token after token, from the tokens that begin every text, to its end or the longest label."""
+        labels = inputs["labels"]
+        config, end = self.model_config, self.words.eos_token_id
+        begin = begun(labels[:, :1], config, config.pad_token_id or 0)
+        prefix = [token for token in getattr(self.words, "prefix_tokens", []) if token != begin[0, 0]]
+        tokens = torch.cat([begin, labels.new_tensor(prefix).expand(len(labels), -1)], dim=1)
+        heard = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_input_ids")}
+        heard["encoder_outputs"] = model.get_encoder()(**heard)
+        done = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        found = [labels.new_tensor(prefix).expand(len(labels), -1)]
+        for _ in range(labels.shape[1] - len(prefix)):
+            logits = model(**heard, decoder_input_ids=tokens, use_cache=False).logits[:, -1]
+            chosen = logits.argmax(-1)
+            found.append(chosen.masked_fill(done, -100)[:, None])
+            done |= chosen == end
+            if done.all():
+                break
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        return torch.cat(found, dim=1)
+
     def _ids(self, text: str) -> list[int]:
         """What is predicted: the start token is what the decoder reads first, and no part of it."""
         ids = self.words(text).input_ids
@@ -151,11 +193,10 @@ class Speech(Task):
         return ids[1:] if ids and ids[0] == start else ids
 
     def _check_ids(self, targets: list[list[int]]) -> None:
-        vocabulary = self.model_config.get_text_config().vocab_size
         for i, ids in enumerate(targets):
-            if max(ids, default=0) >= vocabulary:
+            if max(ids, default=0) >= self.ids:
                 raise DataError(
-                    f"row {i} holds token id {max(ids)}, but the model's vocabulary has {vocabulary}; "
+                    f"row {i} holds token id {max(ids)}, but the model's vocabulary has {self.ids}; "
                     "take the model's own processor"
                 )
 

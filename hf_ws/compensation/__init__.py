@@ -1,0 +1,21 @@
+"""Compensation: what is done, once the maps are known, against what they lose.
+
+A compensation takes a plan whose maps are settled, the opened source, its certificate and the evidence, and returns
+the plan with refits or gains. They are done in the order in which they are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hf_ws.compensation.least_squares import least_squares
+from hf_ws.evidence import Evidence
+from hf_ws.layouts import Certificate
+from hf_ws.plan import Plan
+from hf_ws.store import Source
+
+Compensation = Callable[[Plan, Source, Certificate, Evidence], Plan]
+
+COMPENSATIONS: dict[str, Compensation] = {"least_squares": least_squares}
+
+__all__ = ["COMPENSATIONS", "Compensation", "least_squares"]

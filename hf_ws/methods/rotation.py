@@ -1,0 +1,67 @@
+"""Rotation: keep the directions in which the residual stream moves most, whichever channels they run across."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_ws.axes import HIDDEN, kind_of
+from hf_ws.errors import UnsupportedArchitectureError
+from hf_ws.layouts.turn import Turning, turning
+from hf_ws.maps import Turn
+from hf_ws.methods.request import Request, logger
+from hf_ws.methods.subclone import ranked_maps
+from hf_ws.plan import Plan
+from hf_ws.scores import Score
+
+
+def rotation(request: Request, *, score: str | Score | None = None) -> Plan:
+    """One orthonormal basis for the whole stream; heads and neurons by importance, as `subclone` keeps them.
+
+    The basis is that of the leading eigenvectors of the stream's second moments, where it is normed in each kept
+    layer; every place counts alike, whatever its size (each is divided by its trace). RMSNorm commutes with such a
+    map, LayerNorm with one that leaves the mean over channels alone, once the gains have moved into what reads them
+    (SliceGPT, sections 3.1 to 3.3, gives every layer a basis of its own and so needs matrices in the residual path; one
+    basis for all keeps the stock class). What a norm multiplies by makes up for the energy that
+    was left out. A tied head is untied: it reads the last norm's gain, the embedding does not.
+
+    A stream that cannot be turned, as in classes that norm the sum (BERT) or what a block adds to it (Gemma 2),
+    is selected from by importance instead, and a warning says why.
+
+    The basis is in the data: whoever settles the plan has to pass `calibration=`.
+
+    Source: SliceGPT (2401.15024), with one basis for all layers.
+
+    Args:
+        request: What is asked.
+        score: As for `subclone`; mean absolute activation by default.
+
+    Raises:
+        PlanError: an unknown score.
+        SizeError: query heads that no selection of whole kv groups gives.
+    """
+    request.check_heads()
+    turned: list[Turning] = []
+    for axis in (
+        axis for axis in request.axes if kind_of(axis) == HIDDEN and axis in request.certificate.axes
+    ):
+        if request.before[axis] == request.after[axis]:
+            continue
+        try:
+            turned.append(turning(request.model_class, request.source_config, request.certificate, axis))
+        except UnsupportedArchitectureError as error:
+            logger.warning("%s; its channels are selected by importance instead", error)
+    if turned:
+        request = request.untied()
+    maps: dict[str, Any] = {
+        found.axis: Turn(request.after[found.axis], request.before[found.axis], found.centred)
+        for found in turned
+    }
+    maps |= ranked_maps(request, score or "activation", given=maps)
+    folds = {name: fold for found in turned for name, fold in found.folds.items()}
+    gains = request.fan_in_gains(without={*maps} if turned else set())
+    return request.plan(maps, folds=folds, gains=gains)
+
+
+rotation.layer_policy = "middle_dropped"  # type: ignore[attr-defined]
+rotation.compensation = ("least_squares",)  # type: ignore[attr-defined]
+rotation.wants = ("moments",)  # type: ignore[attr-defined]

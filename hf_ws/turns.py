@@ -1,0 +1,68 @@
+"""Settle a turned stream: the basis that the evidence gives, and what each norm then multiplies by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ws.errors import CalibrationError
+from hf_ws.evidence import Evidence
+from hf_ws.layouts import Certificate
+from hf_ws.layouts.turn import with_mean, zero_mean_basis
+from hf_ws.maps import Dense, Turn
+from hf_ws.plan import Plan
+
+
+def settle_turn(
+    plan: Plan, certificate: Certificate, axis: str, turn: Turn, evidence: Evidence
+) -> tuple[Dense, dict[str, float]]:
+    """The basis of a stream, and the number that each of its norms multiplies every channel by, by target name.
+
+    In D channels a norm gives x sqrt(D) / |x|; of that the kept part is M x sqrt(D) / |x|. In d channels it gives
+    M x sqrt(d) / |M x|. So it has to multiply by sqrt(D / d) |M x| / |x|, on average.
+    """
+    places = {
+        target: _stream(evidence.moments[source].second, turn.centred)
+        for target, source in _norms(plan, certificate, axis, evidence)
+    }
+    if not places:
+        raise CalibrationError(
+            f"{axis}: no norm of the stream ran on the calibration data; is it what the model takes?"
+        )
+    whole = sum(
+        (second / second.trace() for second in places.values()), torch.zeros(turn.size, turn.size).double()
+    )
+    free = turn.keep - turn.centred
+    leading = torch.linalg.eigh(whole)[1].flip(1)[:, :free]
+    largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
+    basis = (
+        leading * largest.sign()
+    ).numpy()  # a direction has no sign of its own: the largest part is positive
+    matrix = with_mean(zero_mean_basis(turn.keep), basis) if turn.centred else basis.T
+    kept = torch.from_numpy(basis)
+    levels = {
+        name: float((turn.size / turn.keep * (kept.T @ second @ kept).trace() / second.trace()).sqrt())
+        for name, second in places.items()
+    }
+    matrix = np.ascontiguousarray(matrix)
+    return Dense(matrix, matrix, "leading directions of the"), levels
+
+
+def _stream(second: Tensor, centred: bool) -> Tensor:
+    """Second moments [size, size] of what a norm looks at, in float64."""
+    second = second.double()
+    if centred:
+        second = second - second.mean(0, keepdim=True)
+        second = second - second.mean(1, keepdim=True)
+    return second
+
+
+def _norms(plan: Plan, certificate: Certificate, axis: str, evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """Target and source name of the gain of every norm of the stream that the target has, and that ran."""
+    for own in certificate.spelled(plan.layers, plan.folds):
+        fold = plan.folds.get(own.pattern)
+        if fold is not None and fold.axis == axis and own.source in evidence.moments:
+            yield own.name, own.source

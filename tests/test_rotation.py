@@ -1,0 +1,157 @@
+"""Rotation: which classes can be turned, that turning is exact, and what is kept when directions are dropped."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_ws import AutoSubclone, Plan
+from hf_ws.axes import HIDDEN, parse
+from hf_ws.errors import CalibrationError, UnsupportedArchitectureError
+from hf_ws.layouts import certify, generic, select
+from hf_ws.layouts.turn import turned, turning, with_mean, zero_mean_basis
+from hf_ws.maps import Turn
+from hf_ws.methods import Request
+from hf_ws.sizes import sizes_of
+from tests import families
+
+IDS = families.tokens(8, 16)
+
+AFTER_THE_SUM = ("opt_350m", *families.ENCODERS)
+"""The norm's output is the stream."""
+ON_WHAT_IS_ADDED = ("gemma2", "gemma3_text", "olmo2")
+"""A norm between a block and the sum."""
+ON_THE_EMBEDDING = ("bloom",)
+REFUSED = {*AFTER_THE_SUM, *ON_WHAT_IS_ADDED, *ON_THE_EMBEDDING}
+TURNED = [family for family in families.FAMILIES if family not in REFUSED]
+
+
+def whole(request: Request) -> Plan:
+    """The stream turned, with nothing left out."""
+    found = turning(request.model_class, request.source_config, request.certificate)
+    size = request.before[HIDDEN]
+    return request.untied().plan({HIDDEN: Turn(size, size, found.centred)}, folds=found.folds)
+
+
+@pytest.mark.parametrize("family", TURNED)
+def test_at_full_size_the_function_stays(family: str) -> None:
+    source = families.model(family).double()
+    wanted = families.logits(source)
+    target = AutoSubclone.from_pretrained(source, method=whole, calibration=IDS, dtype="float64")
+    own = ("RMSNorm", "CohereLayerNorm", "OlmoLayerNorm")  # these compute in float32 inside
+    rms = any(type(module).__name__.endswith(own) for module in source.modules())
+    error = float((families.logits(target) - wanted).abs().max() / wanted.abs().max())
+    assert error < (1e-5 if rms else 1e-9)
+    name = next(name for name, t in target.named_parameters() if t.ndim == 2)
+    assert not torch.equal(dict(target.named_parameters())[name], source.state_dict()[name])
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_what_cannot_be_turned_is_said_and_selected_from(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = families.model(family)
+    with pytest.raises(UnsupportedArchitectureError, match="hidden cannot be turned"):
+        turning(type(source), source.config, certify(type(source), source.config))
+    hidden = {HIDDEN: 32}
+    with caplog.at_level(logging.WARNING, "hf_ws"):
+        target = AutoSubclone.from_pretrained(source, method="rotation", calibration=IDS, **hidden)
+    assert "selected by importance instead" in caplog.text
+    chosen = AutoSubclone.from_pretrained(source, method="subclone", calibration=IDS, **hidden)
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), chosen.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the others' heads are as wide as hidden says
+def test_what_lies_in_a_subspace_is_kept_whole(family: str) -> None:
+    """A source whose stream never leaves some 32 of 64 directions, none of them a channel, loses nothing."""
+    small = families.model(family, hidden_size=32, tie_word_embeddings=False)
+    source = _in_a_subspace(family, small)
+    torch.testing.assert_close(families.logits(source), families.logits(small), rtol=2e-4, atol=2e-4)
+    target = AutoSubclone.from_pretrained(
+        source, hidden=32, heads=8, kv_heads=4, ffn=96, method="rotation", calibration=IDS
+    )
+    torch.testing.assert_close(families.logits(target), families.logits(small), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_of_fewer_channels_gives_what_it_gave(centred: bool) -> None:
+    """LayerNorm and RMSNorm of what lies in the kept directions, against PyTorch's own."""
+    basis = torch.linalg.qr(torch.randn(64 - centred, 32 - centred).double())[0].numpy()
+    matrix = with_mean(zero_mean_basis(32), zero_mean_basis(64) @ basis) if centred else basis.T
+    kept = torch.from_numpy(matrix)
+    stream = torch.randn(5, 32).double() @ kept
+    norm = torch.nn.functional.layer_norm if centred else torch.nn.functional.rms_norm
+    wanted = norm(stream, (64,), eps=0.0) @ kept.T
+    given = norm(stream @ kept.T, (32,), eps=0.0) * 2**0.5
+    torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+
+
+def _in_a_subspace(family: str, small: PreTrainedModel) -> PreTrainedModel:
+    """The same function in twice as many channels, none of which says anything alone: read and written through a
+    random isometry, the norms making up for the larger number of channels."""
+    source = families.model(family, tie_word_embeddings=False)
+    size, found = (
+        sizes_of(small.config),
+        turning(type(small), small.config, certify(type(small), small.config)),
+    )
+    free = size[HIDDEN] - found.centred
+    into = torch.linalg.qr(torch.randn(2 * size[HIDDEN] - found.centred, free).double())[0].numpy()
+    if found.centred:
+        isometry = with_mean(zero_mean_basis(2 * size[HIDDEN]) @ into, zero_mean_basis(size[HIDDEN]))
+    else:
+        isometry = into
+    state = small.state_dict()
+    names = {generic(name, certify(type(small), small.config).stacks): t for name, t in state.items()}
+    certificate, made = certify(type(small), small.config), {}
+    for name, tensor in state.items():
+        pattern, layer = generic(name, certificate.stacks)
+
+        def gain(norm: str, layer: int | str | None = layer) -> torch.Tensor | None:
+            return names.get((norm, layer), names.get((norm, None)))
+
+        sides = isometry, isometry
+        value, own = turned(tensor, pattern, found.folds, sides, gain, lambda _: 0.5**0.5)
+        layout = parse(certificate.layouts[pattern])
+        sizes = sizes_of(source.config)
+        made[name] = select(tensor, layout, size, sizes, {HIDDEN: own}) if value is None else value
+    source.load_state_dict(made)
+    return source
+
+
+def test_without_data_there_is_no_basis() -> None:
+    with pytest.raises(CalibrationError, match="pass calibration="):
+        AutoSubclone.from_pretrained(families.model("llama"), hidden=32, method="rotation")
+
+
+def test_a_saved_plan_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = families.model("llama")
+    first = AutoSubclone.from_pretrained(
+        source, hidden=32, layers=3, method="rotation", calibration=IDS, compensation=("least_squares",)
+    )
+    first.hf_ws_plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == first.hf_ws_plan
+    assert all(map(torch.equal, first.parameters(), again.apply(source).parameters()))
+
+
+def test_a_plan_without_its_matrices_is_named(tmp_path: Path) -> None:
+    model = AutoSubclone.from_pretrained(
+        families.model("llama"), hidden=32, method="rotation", calibration=IDS
+    )
+    model.hf_ws_plan.save(tmp_path / "plan.json")
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises(ValueError, match="is not a saved plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("size", [2, 7, 64])
+def test_the_zero_mean_basis_is_orthonormal(size: int) -> None:
+    basis = zero_mean_basis(size)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(size - 1), atol=1e-12)
+    np.testing.assert_allclose(basis.sum(0), 0, atol=1e-12)
+    np.testing.assert_allclose(with_mean(basis, basis), np.eye(size), atol=1e-12)
