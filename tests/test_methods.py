@@ -847,7 +847,7 @@ def test_grouped_heads_with_slopes_are_refused(method: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ffn": Rank(64, 96, "taylor")}, r"score 'taylor' is unknown; known are activation, magnitude"),
+        ({"ffn": Rank(64, 96, "tayler")}, r"score 'tayler' is unknown; known are activation, l2_activation"),
         (
             {"heads": Rank(4, 8, "magnitude"), "kv_heads": None},
             r"heads is ranked and its kv_heads have no map",

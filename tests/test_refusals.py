@@ -238,7 +238,10 @@ def test_sizes_that_this_source_cannot_give(saved: Path, ask: dict[str, Any], me
         ({"method": 3}, r"method 3 is unknown"),
         ({"method": {}}, r"method \{\} is unknown"),
         ({"method_args": {"rescal": False}}, r"method subclone: .*'rescal'; its options are: rescale, score"),
-        ({"method_args": {"score": "taylor"}}, r"score='taylor' is unknown; known are activation, magnitude"),
+        (
+            {"method_args": {"score": "tayler"}},
+            r"score 'tayler' is unknown; known are activation, l2_activation",
+        ),
         ({"layer_policy": "firts", "layers": 1}, r"layer_policy 'firts' is unknown; .*did you mean 'first'"),
         ({"layer_policy": 1, "layers": 1}, r"layer_policy 1 is unknown"),
         (

@@ -88,10 +88,9 @@ def test_of_the_whole_net_the_blocks_are_summed(llama: PreTrainedModel) -> None:
 
 
 def test_taylor_is_the_loss_of_setting_an_activation_to_zero_to_first_order() -> None:
-    """Against a difference quotient: one neuron scaled up and down a little."""
-    model = families.model("llama").double()
+    """Against a difference quotient: one neuron scaled up and down a little (GPT-2: float64 throughout)."""
+    model, name = families.model("gpt2").double(), "transformer.h.2.mlp.c_proj"
     ids = families.tokens(rows=1, length=6)
-    place = model.model.layers[2].mlp.down_proj
 
     def loss(scale: float) -> float:
         def scaled(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -99,18 +98,17 @@ def test_taylor_is_the_loss_of_setting_an_activation_to_zero_to_first_order() ->
             changed[..., 7] *= scale
             return (changed,)
 
-        hook = place.register_forward_pre_hook(scaled)
+        hook = model.get_submodule(name).register_forward_pre_hook(scaled)
         with torch.no_grad():
-            value = float(model(ids, labels=ids).loss) * 5
+            logits = model(ids).logits[0, :-1]
         hook.remove()
-        return value
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
 
     slope = (loss(1 + 1e-4) - loss(1 - 1e-4)) / 2e-4  # d loss / d scale = sum over tokens of a dL/da
-    seen, output = captured(model, "model.layers.2.mlp.down_proj", input_ids=ids, labels=ids)
+    seen, output = captured(model, name, input_ids=ids, labels=ids)
     (output.loss * 5).backward()
-    values = seen["model.layers.2.mlp.down_proj"]
-    each = (values * values.grad).detach()[0, :, 7]
-    assert float(each.sum()) == pytest.approx(slope, rel=1e-4)
+    each = (seen[name] * seen[name].grad).detach()[0, :, 7]
+    assert float(each.sum()) == pytest.approx(slope, rel=1e-5)
     found = calibrate(model, ids, wants=("taylor",)).statistic("taylor", "ffn", 2)
     assert float(found[7]) == pytest.approx(float(each.abs().mean()), rel=1e-6)
 

@@ -60,7 +60,8 @@ class Flags:
     layer_policy: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|0,1,5", help="Which layers stay: first, middle_dropped, or their numbers."
+            metavar="NAME|0,1,5",
+            help="Which layers stay: first, middle_dropped, block_influence, ..., or their numbers.",
         ),
     ] = None
     calibration: Annotated[
