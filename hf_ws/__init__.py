@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hf_ws._version import __version__
 
 if TYPE_CHECKING:
-    from hf_ws.auto import AutoSubclone, certify
+    from hf_ws.auto import AutoSubclone
+    from hf_ws.certifying import certify
     from hf_ws.derive import derive_config
     from hf_ws.errors import (
         CalibrationError,
@@ -47,7 +48,7 @@ _ROOMS = {
     "SizeError": "errors",
     "UnsupportedArchitectureError": "errors",
     "calibrate": "evidence",
-    "certify": "auto",
+    "certify": "certifying",
     "derive_config": "derive",
 }
 

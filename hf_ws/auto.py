@@ -12,21 +12,21 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_ws import store
-from hf_ws.axes import AXES, LAYERS, kind_of
+from hf_ws import search, store
+from hf_ws.asked import Ask, dtype_of
+from hf_ws.axes import LAYERS, kind_of
 from hf_ws.depth import LayerPolicy, kept_layers
 from hf_ws.derive import derive_config, read_request
-from hf_ws.errors import PlanError, UnsupportedArchitectureError, unknown
-from hf_ws.evidence import calibrate
-from hf_ws.layouts import Certificate
+from hf_ws.errors import PlanError, unknown
+from hf_ws.evidence import calibrate, calibration_inputs
 from hf_ws.layouts import certify as certify_class
 from hf_ws.layouts.census import census, check_census, check_same_parts
 from hf_ws.layouts.stacks import led
@@ -61,6 +61,8 @@ class AutoSubclone:
         ffn: int | None = None,
         vocab: int | None = None,
         experts: int | None = None,
+        params: str | int | None = None,
+        ratio: float | None = None,
         method: str | Method = "subclone",
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
@@ -90,6 +92,9 @@ class AutoSubclone:
             ffn: Neurons of a feed-forward block.
             vocab: Rows of the token embedding.
             experts: Routed experts in a layer.
+            params: Parameters in all ("125M", "1.5B", 125_000_000) in place of sizes, which are searched for (see
+                `hf_ws.search`) and kept in the plan; sizes that are given hold for every shape.
+            ratio: The same as a part of the source's parameters, above 0, up to 1.
             method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`.
             method_args: The method's own options, such as `{"rescale": False}`.
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers`, or the list of source layers
@@ -114,10 +119,9 @@ class AutoSubclone:
             CheckpointError: a source that cannot be read or is not what its config says.
             CalibrationError: calibration data that is empty or unusable.
         """
-        ask = _Ask.of(locals())
+        ask = Ask.of(locals())
         with store.open_source(source, model_class=model_class, **ask.where) as opened:
-            plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
-            plan = _settled(plan, opened, ask)
+            plan = _settled_plan(opened, _label(source), ask)
             model = apply(plan, opened, device=device)
         model.hf_ws_plan = plan  # how it was made, for whoever saves or distils it; no part of the checkpoint
         return model
@@ -135,6 +139,8 @@ class AutoSubclone:
         ffn: int | None = None,
         vocab: int | None = None,
         experts: int | None = None,
+        params: str | int | None = None,
+        ratio: float | None = None,
         method: str | Method = "subclone",
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
@@ -156,17 +162,15 @@ class AutoSubclone:
 
         Args and errors are those of `from_pretrained`.
         """
-        ask = _Ask.of(locals())
+        ask = Ask.of(locals())
         if calibration is not None:
             with store.open_source(source, model_class=model_class, **ask.where) as opened:
-                plan = _planned(opened.config, opened.model_class, _label(source), opened.revision, ask)
-                return _settled(plan, opened, ask)
+                return _settled_plan(opened, _label(source), ask)
         if isinstance(source, PreTrainedModel):
-            return _planned(source.config, type(source), _label(source), None, ask)
+            return _open_plan(source.config, type(source), _label(source), None, ask)
         config = store.load_config(source, **ask.where)
-        return _planned(
-            config, store.model_class(config, model_class), _label(source), config._commit_hash, ask
-        )
+        found = store.model_class(config, model_class)
+        return _open_plan(config, found, _label(source), config._commit_hash, ask)
 
 
 def apply_plan(
@@ -195,8 +199,8 @@ def apply_plan(
     ) as opened:
         if calibration is not None and not plan.wants_data:
             raise PlanError(f"this {plan.method} plan ranks nothing by activation: leave calibration= out")
-        settled = _settled(plan, opened, _Ask(calibration=calibration, device=device))
-        if (asked := _dtype(dtype)) is not None:
+        settled = _settled(plan, opened, Ask(calibration=calibration, device=device))
+        if (asked := dtype_of(dtype)) is not None:
             values = {**plan.target_config, "dtype": str(asked).removeprefix("torch.")}
             settled = replace(settled, target_config=values)
         model = apply(settled, opened, device=device)
@@ -204,65 +208,61 @@ def apply_plan(
     return model
 
 
-def certify(model: type[PreTrainedModel] | PreTrainedConfig | PreTrainedModel) -> Certificate:
-    """Prove the layouts of a model class, or of the class that a config belongs to.
-
-    Args:
-        model: A class (its default config is taken), a config, or a live model.
-
-    Raises:
-        UnsupportedArchitectureError: the class could not be proven, with the axis that failed.
-    """
-    if isinstance(model, PreTrainedConfig):
-        return certify_class(store.model_class(model), model)
-    if isinstance(model, PreTrainedModel):
-        return certify_class(type(model), model.config)
-    config_class = getattr(model, "config_class", None)
-    if config_class is None:
-        raise UnsupportedArchitectureError(f"{model!r} is neither a config nor a Transformers model class")
-    return certify_class(model, config_class())
+def _open_plan(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: Ask
+) -> Plan:
+    """The plan of the sizes asked for, or of the shape that comes nearest a goal; reads no weights."""
+    if ask.goal is None:
+        return _planned(config, model_class, name, revision, ask)
+    space, planned = _space(config, model_class, name, revision, ask)
+    return search.search(space, ask.goal, planned)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ask:
-    """The arguments of a call, sorted."""
+def _settled_plan(opened: store.Source, name: str, ask: Ask) -> Plan:
+    """The plan with nothing open; of a goal with calibration data, that of the shape whose start is best."""
+    if ask.goal is None or ask.calibration is None:
+        plan = _open_plan(opened.config, opened.model_class, name, opened.revision, ask)
+        return _settled(plan, opened, ask)
+    space, planned = _space(opened.config, opened.model_class, name, opened.revision, ask)
+    counted, kept = search.parted(calibration_inputs(opened.config, ask.calibration, _tokenizer(opened)))
+    measure, source = search.measure_of(opened.model_class, kept), _source_on(opened, ask.device)
+    evidence: list[Any] = []  # the same for every shape, so of the first that wants any
 
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    method: str | Method = "subclone"
-    method_args: Mapping[str, Any] = field(default_factory=dict)
-    layer_policy: str | LayerPolicy | Sequence[int] | None = None
-    calibration: Any = None
-    seed: int = 0
-    dtype: torch.dtype | None = None
-    device: torch.device | str | None = None
-    where: Mapping[str, Any] = field(default_factory=dict)
+    def scored(plan: Plan) -> tuple[Plan, float]:
+        if plan.wants_data and not evidence:
+            evidence.append(calibrate(source, counted))
+        plan = settle(plan, opened, *(evidence if plan.wants_data else ()))
+        return plan, search.score(apply(plan, opened, device=ask.device), kept, source, measure)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise PlanError(f"seed={self.seed!r}: wanted is a whole number, 0 to {2**63 - 1}")
-        try:
-            torch.empty(0, device=self.device or "cpu")
-        except (AssertionError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise PlanError(f"device={self.device!r} cannot be used here: {reason}") from None
+    by = f"the {measure} of the start on one sequence in four of the calibration data"
+    return search.search(space, ask.goal, planned, scored, by)
 
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> _Ask:
-        source, dtype = arguments["source"], arguments["dtype"]
-        live = source.dtype if isinstance(source, PreTrainedModel) else None
-        return cls(
-            dtype=_dtype(dtype) or live,
-            sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
-            fields=arguments["config_fields"],
-            method_args=arguments["method_args"] or {},
-            where={name: arguments[name] for name in ("revision", "token", "cache_dir", "local_files_only")},
-            **{name: arguments[name] for name in ("method", "layer_policy", "calibration", "seed", "device")},
-        )
+
+def _space(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: Ask
+) -> tuple[search.Space, Callable[[search.Shape], Plan]]:
+    """What a goal searches, and how a shape of it is planned."""
+    sizes, fields = read_request(config, ask.sizes, ask.fields)
+    if isinstance(ask.layer_policy, Sequence) and not isinstance(ask.layer_policy, str):
+        sizes = {LAYERS: len(ask.layer_policy), **sizes}
+    space = search.Space(
+        config, certify_class(model_class, config), census(model_class, config), sizes, fields
+    )
+
+    def planned(shape: search.Shape) -> Plan:
+        own = replace(ask, sizes=shape.asked, fields=fields, goal=None)
+        return _planned(config, model_class, name, revision, own)
+
+    return space, planned
+
+
+def _source_on(opened: store.Source, device: torch.device | str | None) -> PreTrainedModel:
+    model = opened.model()  # a live source stays where its owner put it
+    return model if opened.files is None else model.to(device or "cpu")
 
 
 def _planned(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: _Ask
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: Ask
 ) -> Plan:
     """The plan that the method makes of these arguments; reads no weights."""
     method = _method(ask.method, ask.method_args)
@@ -326,16 +326,13 @@ def _behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, 
     return (0, *(max(1, layer) for layer in kept[1:]))
 
 
-def _settled(plan: Plan, opened: store.Source, ask: _Ask) -> Plan:
+def _settled(plan: Plan, opened: store.Source, ask: Ask) -> Plan:
     """The plan with nothing open, the source's model run over the calibration data if that is what it takes."""
     if plan.is_settled:
         return settle(plan, opened)
     evidence = None
     if ask.calibration is not None and plan.wants_data:
-        model = opened.model()
-        if opened.files is not None:  # a live source stays where its owner put it
-            model = model.to(ask.device or "cpu")
-        evidence = calibrate(model, ask.calibration, tokenizer=_tokenizer(opened))
+        evidence = calibrate(_source_on(opened, ask.device), ask.calibration, tokenizer=_tokenizer(opened))
     elif ask.calibration is None and any(
         isinstance(m, Rank) and m.score == "magnitude" for m in plan.maps.values()
     ):
@@ -373,15 +370,4 @@ def _method(method: str | Method, arguments: Mapping[str, Any]) -> Method:
     except TypeError as error:
         options = ", ".join(list(inspect.signature(found).parameters)[1:]) or "none"
         raise PlanError(f"method {_name(method)}: {error}; its options are: {options}") from None
-    return found
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PlanError(
-            f"dtype={dtype!r} is unknown; allowed are float32, bfloat16, float16, float64 and auto"
-        )
     return found

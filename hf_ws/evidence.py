@@ -75,11 +75,11 @@ def calibrate(
     model.eval()
     try:
         with torch.no_grad(), collector:
-            batches = list(_inputs(data, tokenizer, longest))
+            batches = list(inputs_of(data, tokenizer, longest))
             for inputs in (
                 batches
             ):  # all of them in every process: one that stopped alone would leave the others waiting
-                _check_ids(inputs.get("input_ids"), model.config, longest)
+                check_ids(inputs.get("input_ids"), model.config, longest)
             rank, processes = _share()
             own = batches[rank::processes]
             for inputs in tqdm(own, desc="calibrating", unit="batch", delay=2, disable=rank > 0):
@@ -93,6 +93,17 @@ def calibrate(
     return collector.means()
 
 
+def calibration_inputs(
+    config: PreTrainedConfig, data: Any, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, Tensor]]:
+    """Calibration data in any of its forms as keyword inputs of the model, checked; args and errors of `calibrate`."""
+    longest = sizes_of(config).get(POSITIONS)
+    batches = list(inputs_of(data, tokenizer, longest))
+    for inputs in batches:
+        check_ids(inputs.get("input_ids"), config, longest)
+    return batches
+
+
 def _share() -> tuple[int, int]:
     """Which of how many processes this is."""
     if not dist.is_available() or not dist.is_initialized():
@@ -100,7 +111,7 @@ def _share() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _inputs(
+def inputs_of(
     data: Any, tokenizer: PreTrainedTokenizerBase | None, longest: int | None
 ) -> Iterator[dict[str, Tensor]]:
     """Keyword inputs of the model, one batch at a time."""
@@ -153,7 +164,8 @@ def _inputs(
         )
 
 
-def _check_ids(ids: Any, config: PreTrainedConfig, longest: int | None) -> None:
+def check_ids(ids: Any, config: PreTrainedConfig, longest: int | None) -> None:
+    """Refuse token ids that the model has no embedding or no position for. Raises CalibrationError."""
     vocab = sizes_of(config).get(VOCAB, 0)
     if ids is not None and vocab and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise CalibrationError(

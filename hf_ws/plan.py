@@ -115,6 +115,8 @@ class Plan:
     """What a parameter is multiplied by."""
     fresh: tuple[str, ...] = ()
     """Parameters that the model class initialises; `*` alone means all."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """How the sizes were found where a goal was given: see `hf_ws.search.table.record`."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
