@@ -43,10 +43,11 @@ app = typer.Typer(
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     plan: (
         "hf-ws plan gpt2-large --hidden 512 --layers 12",
-        "hf-ws plan gpt2-large --hidden 512 --save plan.json",
+        "hf-ws plan gpt2-large --params 125M --save plan.json",
     ),
     subclone: (
         "hf-ws subclone gpt2-large student --hidden 512 --calibration stdlib",
+        "hf-ws subclone gpt2-large student --ratio 0.4 --calibration stdlib",
         "hf-ws subclone gpt2-large student --plan plan.json",
     ),
     certify: ("hf-ws certify llama qwen3 gpt2", "hf-ws certify BertForMaskedLM --layouts"),

@@ -41,6 +41,17 @@ class Flags:
     ffn: Annotated[int | None, _size("Neurons of a feed-forward block.")] = None
     vocab: Annotated[int | None, _size("Rows of the token embedding.")] = None
     experts: Annotated[int | None, _size("Routed experts in a layer.")] = None
+    params: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Parameters in all, such as 125M, in place of sizes: the best shape near it is searched for.",
+        ),
+    ] = None
+    ratio: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="The same as a part of the source's parameters, such as 0.4."),
+    ] = None
     set: Annotated[
         list[str] | None,
         typer.Option(

@@ -2,8 +2,9 @@
 
 The legal shapes within a tenth of the goal are listed from the config, nearest first (`shapes.distance`: parameters,
 and the source's proportions of width, depth and feed-forward block). Of these the nearest with each number of layers
-are planned. Without calibration data the nearest is taken; with it, each start is made and scored on the part of the
-data that its statistics have not seen, and the best is taken. The plan keeps the table.
+are planned, those within a twentieth unless they are few. Without calibration data the nearest is taken; with it, each
+start is made and scored on the part of the data that its statistics have not seen, and the best is taken. The plan
+keeps the table.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from hf_ws.errors import SizeError
 from hf_ws.plan import Plan
 from hf_ws.search.goal import Goal
 from hf_ws.search.score import measure_of, parted, score
-from hf_ws.search.shapes import Shape, Space, distance
+from hf_ws.search.shapes import CLOSE, Shape, Space, distance
 from hf_ws.search.table import BY_DISTANCE, record, table
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES = 8
+CANDIDATES, FEW = 8, 3
+"""Shapes that are planned at most; and as few as that, shapes further from the goal than a twentieth join them."""
 
 __all__ = [
     "CANDIDATES",
@@ -69,16 +71,21 @@ def candidates(
     made: list[Plan] = []
     wrong: SizeError | None = None
     wanted, shapes = goal.wanted(space.parameters), space.near(goal)
-    first = nearest(shapes, count)
-    left = [*first, *(shape for shape in shapes if shape not in first)]
+    close = [shape for shape in shapes if abs(math.log(shape.parameters / wanted)) <= CLOSE]
     bar = tqdm(total=count, desc="planning shapes", unit=" shapes", delay=2, leave=False)
-    for shape in left[: 4 * count]:
-        try:
-            made.append(planned(shape))
-            bar.update()
-        except SizeError as error:
-            wrong = wrong or error
-        if len(made) == count:
+    tried: list[Shape] = []
+    for near in (close, shapes):
+        first = nearest(near, count)
+        for shape in [*first, *(shape for shape in near if shape not in first)][: 4 * count]:
+            if len(made) == count or shape in tried:
+                continue
+            tried.append(shape)
+            try:
+                made.append(planned(shape))
+                bar.update()
+            except SizeError as error:
+                wrong = wrong or error
+        if len(made) >= min(FEW, count):
             break
     bar.close()
     if not made and wrong is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig as Config
 
-from hf_ws.axes import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, length, parse, split_key
+from hf_ws.axes import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, length, parse, split_key
 from hf_ws.derive import attempt
 from hf_ws.errors import PlanError, SizeError
 from hf_ws.layouts import Certificate
@@ -24,6 +24,9 @@ from hf_ws.sizes import PARTS, field_of, sizes_of
 
 REACH = math.log(1.1)
 """How far from the goal a shape may be: a tenth."""
+
+CLOSE = math.log(1.05)
+"""A shape as near as this goes before any other: what is larger has the better score."""
 
 NARROWER, WIDER = (0.5, 0.75), (1.25, 1.5)
 """Feed-forward blocks tried besides the one that follows `hidden`, as multiples of it."""
@@ -115,17 +118,39 @@ class Space:
         """What is asked for besides layers, and all sizes with the source's layers."""
         before, problems = sizes_of(self.config), [""]
         free = HIDDEN in before and HIDDEN in self.certificate.axes and HIDDEN not in self.asked
-        legal = False
+        tried: set[tuple[tuple[str, int], ...]] = set()
         for hidden in self._hidden(before) if free else [None]:
             own = dict(self.asked) if hidden is None else {**self.asked, HIDDEN: hidden}
-            problems, derived = attempt(self.config, own, {}, self.fields)
-            if derived is None:
-                continue
-            legal, sizes = True, sizes_of(derived)
-            for ffn in self._ffn(before, sizes):
-                yield {**own, **ffn}, {**sizes, **ffn}
-        if not legal:
-            raise SizeError(f"no width goes with what is asked: {'; '.join(problems)}")
+            for heads in [{}, *self._heads(before, own)]:
+                problems, derived = attempt(self.config, {**own, **heads}, {}, self.fields)
+                sizes = {} if derived is None else sizes_of(derived)
+                if (key := tuple(sizes.items())) in tried or not self._fits(before, sizes):
+                    continue
+                tried.add(key)
+                for ffn in self._ffn(before, sizes):
+                    yield {**own, **heads, **ffn}, {**sizes, **ffn}
+        if not tried:
+            why = f": {'; '.join(problems)}" if problems else ""
+            raise SizeError(f"no width below the source's goes with what is asked{why}")
+
+    def _fits(self, before: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+        """Whether nothing grew that was not asked to, and heads are as wide as they were."""
+        free = [axis for axis in before if axis not in self.asked]
+        widths = [axis for axis in free if axis in own_axes(before, HEAD_DIM)]
+        same = all(sizes.get(axis) == before[axis] for axis in widths)
+        return bool(sizes) and same and all(sizes.get(axis, 0) <= before[axis] for axis in free)
+
+    def _heads(self, before: Mapping[str, int], asked: Mapping[str, int]) -> Iterator[dict[str, int]]:
+        """Numbers of heads beside the one that follows `hidden`: the whole key/value groups just below and above."""
+        heads, groups = own_axes(before, HEADS), own_axes(before, KV_HEADS)
+        if HIDDEN not in asked or any(axis in asked for axis in (*heads, *groups)):
+            return
+        for more in (0, 1):
+            own = {}
+            for axis, group in zip(heads, groups, strict=True):
+                count = before[group] * asked[HIDDEN] // before[HIDDEN] + more
+                own[axis] = before[axis] // before[group] * max(1, count)
+            yield own
 
     def _hidden(self, before: Mapping[str, int]) -> list[int]:
         """Widths worth trying; which are legal `derive` says."""
