@@ -54,6 +54,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     compare: (
         "hf-ws compare gpt2-large --hidden 512 --data stdlib --steps 500 --output comparison",
         "hf-ws compare gpt2-large --hidden 512 --steps 500 --output comparison --learning-rates 1e-3,5e-4",
+        "hf-ws compare gpt2-large --ratio 0.4 --shapes 3 --race --seconds 600 --output race",
     ),
     cache_teacher: (
         "hf-ws cache-teacher cache --model student --teacher gpt2-large --data my-text/ --block 512",
