@@ -129,11 +129,11 @@ def compare(source: Source, flags: Flags, runs: Runs, as_json: Json = False) -> 
     _check(runs)
     from hf_ws import compare as of
 
+    result: Any
     if runs.race:
-        result = str(of.race(source, steps=runs.steps, seconds=runs.seconds, best=runs.best, **settings))
+        result = of.race(source, steps=runs.steps, seconds=runs.seconds, best=runs.best, **settings)
     else:
-        steps = {"steps": runs.steps, "search_steps": runs.search_steps}
-        result = str(of.compare(source, **steps, **settings))
+        result = of.compare(source, steps=runs.steps or 0, search_steps=runs.search_steps, **settings)
     name = "race" if runs.race else "compare"
     if as_json:
         print((runs.output / f"{name}.json").read_text(encoding="utf-8"), end="")
