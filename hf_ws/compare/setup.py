@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from hf_ws._version import __version__
+from hf_ws.auto import AutoSubclone
 from hf_ws.compare.bench import Bench, Maker
 from hf_ws.compare.spelling import Spelled, parsed
 from hf_ws.distill.teacher import load_tokenizer
-from hf_ws.errors import DataError, PlanError
+from hf_ws.errors import CalibrationError, DataError, PlanError
 from hf_ws.store import check_output
 from hf_ws.training import TrainConfig
 from hf_ws.training.data import Packed, load_text, pack, split_held_out
@@ -150,8 +152,6 @@ class Setup:
 
     def _shaped(self, spelled: Sequence[Spelled]) -> list[tuple[str, Spelled, dict[str, Any]]]:
         """Each method in each shape: its label, and what `AutoSubclone` is asked for."""
-        from hf_ws.auto import AutoSubclone  # reading a source is not needed where live starts are given
-
         if not spelled:
             return []
         sizes = {name: value for name, value in self.sizes.items() if value is not None}
@@ -167,17 +167,17 @@ class Setup:
             mark = f" @ {', '.join(f'{k}={v}' for k, v in own.items())}" if len(shapes) > 1 else ""
             for start in spelled:
                 asked = {**sizes, **own, **start.arguments}
-                AutoSubclone.plan(
-                    self.source, method=start.method, method_args=dict(start.method_args), **asked
-                )
+                # a start that wants calibration data will have it; the rest is checked before work
+                with suppress(CalibrationError):
+                    AutoSubclone.plan(
+                        self.source, method=start.method, method_args=dict(start.method_args), **asked
+                    )
                 arms.append((f"{start.label}{mark}", start, asked))
         return arms
 
 
 def _maker(source: str | Path | PreTrainedModel, start: Spelled, asked: Mapping[str, Any]) -> Maker:
     def make(seed: int, calibration: Any) -> PreTrainedModel:
-        from hf_ws.auto import AutoSubclone
-
         given = {"method": start.method, "method_args": dict(start.method_args), **asked}
         return AutoSubclone.from_pretrained(source, calibration=calibration, seed=seed, **given)
 

@@ -10,6 +10,7 @@ else is an option of the method.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,26 @@ from typing import Any
 
 import yaml
 
+from hf_ws.auto import AutoSubclone
 from hf_ws.errors import PlanError
 from hf_ws.training.typed import pair
 
-TAKEN = ("layer_policy", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts")
-"""Of `AutoSubclone.from_pretrained`, what a start may say in its brackets besides its method's options."""
+OWN = frozenset(
+    {
+        "source",
+        "method",
+        "method_args",
+        "calibration",
+        "seed",
+        "dtype",
+        "device",
+        "model_class",
+        "params",
+        "ratio",
+    }
+    | {"revision", "token", "cache_dir", "local_files_only", "config_fields"}
+)
+"""Of `AutoSubclone.from_pretrained`, what all starts of a comparison share, or their methods' options are given by."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class Spelled:
     method: str
     method_args: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of `AutoSubclone.from_pretrained`: names in `TAKEN`."""
+    """Of `AutoSubclone.from_pretrained`: all that is not in `OWN`."""
 
 
 def parsed(text: str) -> Spelled:
@@ -54,7 +70,8 @@ def parsed(text: str) -> Spelled:
             raise PlanError(f"start {text!r}: {key} is given twice; keep one")
         options[key] = value
     label = match[1] + (f"({', '.join(parted(match[2]))})" if options else "")
-    arguments = {name: options.pop(name) for name in TAKEN if name in options}
+    taken = inspect.signature(AutoSubclone.plan).parameters.keys() - OWN
+    arguments = {name: options.pop(name) for name in list(options) if name in taken}
     return Spelled(label, match[1], options, arguments)
 
 
