@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hf_ws._version import __version__
 
 if TYPE_CHECKING:
-    from hf_ws.auto import AutoSubclone, certify
+    from hf_ws.auto import AutoSubclone
+    from hf_ws.certifying import certify
     from hf_ws.derive import derive_config
     from hf_ws.errors import (
         CalibrationError,
@@ -49,7 +50,7 @@ _ROOMS = {
     "UnsupportedArchitectureError": "errors",
     "Vocabulary": "vocabulary",
     "calibrate": "evidence",
-    "certify": "auto",
+    "certify": "certifying",
     "choose_vocabulary": "vocabulary",
     "derive_config": "derive",
     "trim_tokenizer": "vocabulary",

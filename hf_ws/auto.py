@@ -9,30 +9,30 @@ print(plan)
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ws import store
-from hf_ws.axes import AXES, LAYERS, VOCAB, kind_of
+from hf_ws import search, store
+from hf_ws.asked import Ask, dtype_of
+from hf_ws.axes import LAYERS, VOCAB, kind_of
 from hf_ws.compensation import COMPENSATIONS
 from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
 from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
-from hf_ws.errors import PlanError, UnsupportedArchitectureError, unknown
-from hf_ws.evidence import Observation, observe
-from hf_ws.layouts import Certificate
+from hf_ws.errors import PlanError, unknown
+from hf_ws.evidence import Observation, calibration_inputs, observe, tokenizer_of
 from hf_ws.layouts import certify as certify_class
 from hf_ws.layouts.census import Shapes, census, check_census, check_same_parts, wanting_the_first
 from hf_ws.layouts.stacks import led
-from hf_ws.methods import METHODS, Method, Request
+from hf_ws.maps import called
+from hf_ws.methods import Method, Request
 from hf_ws.plan import Plan, Rank
 from hf_ws.scores import wants_of as score_wants
 from hf_ws.sizes import sizes_of
@@ -65,6 +65,8 @@ class AutoSubclone:
         ffn: int | None = None,
         vocab: int | Vocabulary | None = None,
         experts: int | None = None,
+        params: str | int | None = None,
+        ratio: float | None = None,
         method: str | Method = "subclone",
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
@@ -95,6 +97,9 @@ class AutoSubclone:
             ffn: Neurons of a feed-forward block.
             vocab: Rows of the token embedding: what `choose_vocabulary` chose, or a number, which keeps the first ids.
             experts: Routed experts in a layer.
+            params: Parameters in all ("125M", "1.5B", 125_000_000) in place of sizes, which are searched for (see
+                `hf_ws.search`) and kept in the plan; sizes that are given hold for every shape.
+            ratio: The same as a part of the source's parameters, above 0, up to 1.
             method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`.
             method_args: The method's own options, such as `{"rescale": False}`.
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
@@ -121,7 +126,7 @@ class AutoSubclone:
             CheckpointError: a source that cannot be read or is not what its config says.
             CalibrationError: calibration data that is empty or unusable.
         """
-        ask = _Ask.of(locals())
+        ask = Ask.of(locals())
         with store.open_source(source, model_class=model_class, **ask.where) as opened:
             plan = _settled_plan(opened, _label(source), ask)
             model = apply(plan, opened, device=device)
@@ -141,6 +146,8 @@ class AutoSubclone:
         ffn: int | None = None,
         vocab: int | Vocabulary | None = None,
         experts: int | None = None,
+        params: str | int | None = None,
+        ratio: float | None = None,
         method: str | Method = "subclone",
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
@@ -163,16 +170,15 @@ class AutoSubclone:
 
         Args and errors are those of `from_pretrained`.
         """
-        ask = _Ask.of(locals())
+        ask = Ask.of(locals())
         if calibration is not None:
             with store.open_source(source, model_class=model_class, **ask.where) as opened:
                 return _settled_plan(opened, _label(source), ask)
         if isinstance(source, PreTrainedModel):
-            return _planned(source.config, type(source), _label(source), None, ask)
+            return _open_plan(source.config, type(source), _label(source), None, ask)
         config = store.load_config(source, **ask.where)
-        return _planned(
-            config, store.model_class(config, model_class), _label(source), config._commit_hash, ask
-        )
+        found = store.model_class(config, model_class)
+        return _open_plan(config, found, _label(source), config._commit_hash, ask)
 
 
 def apply_plan(
@@ -201,8 +207,8 @@ def apply_plan(
     ) as opened:
         if calibration is not None and not plan.wants_data:
             raise PlanError(f"this {plan.method} plan ranks nothing by activation: leave calibration= out")
-        settled = _settled(plan, opened, _observed(opened, _Ask(calibration=calibration, device=device)))
-        if (asked := _dtype(dtype)) is not None:
+        settled = _settled(plan, opened, _observed(opened, Ask(calibration=calibration, device=device)))
+        if (asked := dtype_of(dtype)) is not None:
             values = {**plan.target_config, "dtype": str(asked).removeprefix("torch.")}
             settled = replace(settled, target_config=values)
         model = apply(settled, opened, device=device)
@@ -210,91 +216,71 @@ def apply_plan(
     return model
 
 
-def certify(model: type[PreTrainedModel] | PreTrainedConfig | PreTrainedModel) -> Certificate:
-    """Prove the layouts of a model class, or of the class that a config belongs to.
+def _open_plan(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: Ask
+) -> Plan:
+    """The plan of the sizes asked for, or of the shape that comes nearest a goal; reads no weights."""
+    if ask.goal is None:
+        return _planned(config, model_class, name, revision, ask)
+    space, planned = _space(config, model_class, name, revision, ask)
+    return search.search(space, ask.goal, planned)
 
-    Args:
-        model: A class (its default config is taken), a config, or a live model.
 
-    Raises:
-        UnsupportedArchitectureError: the class could not be proven, with the axis that failed.
+def _settled_plan(opened: store.Source, name: str, ask: Ask) -> Plan:
+    """The plan with nothing open; of a goal with calibration data, that of the shape whose start is best.
+
+    One pass over the data collects what policy and method want.
     """
-    if isinstance(model, PreTrainedConfig):
-        return certify_class(store.model_class(model), model)
-    if isinstance(model, PreTrainedModel):
-        return certify_class(type(model), model.config)
-    config_class = getattr(model, "config_class", None)
-    if config_class is None:
-        raise UnsupportedArchitectureError(f"{model!r} is neither a config nor a Transformers model class")
-    return certify_class(model, config_class())
+    where = (opened.config, opened.model_class, name, opened.revision)
+    if ask.goal is None or ask.calibration is None:
+        observed = _observed(opened, ask)
+        plan = _open_plan(*where, ask) if ask.goal is not None else _planned(*where, ask, observed)
+        return _settled(plan, opened, observed)
+    counted, kept = search.parted(calibration_inputs(opened.config, ask.calibration, tokenizer_of(opened)))
+    seen = _observed(opened, replace(ask, calibration=counted))
+    space, planned = _space(*where, ask, seen)
+    source = opened.model() if opened.files is None else opened.model().to(ask.device or "cpu")
+    measure = search.measure_of(opened.model_class, kept)
+
+    def scored(plan: Plan) -> tuple[Plan, float]:
+        plan = _settled(plan, opened, seen)
+        return plan, search.score(apply(plan, opened, device=ask.device), kept, source, measure)
+
+    by = f"the {measure} of the start on one sequence in four of the calibration data"
+    return search.search(space, ask.goal, planned, scored, by)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ask:
-    """The arguments of a call, sorted."""
+def _space(
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    name: str,
+    revision: str | None,
+    ask: Ask,
+    observed: Observation | None = None,
+) -> tuple[search.Space, Callable[[search.Shape], Plan]]:
+    """What a goal searches, and how a shape of it is planned."""
+    sizes, fields = read_request(config, ask.sizes, ask.fields)
+    if isinstance(ask.layer_policy, Sequence) and not isinstance(ask.layer_policy, str):
+        sizes = {LAYERS: len(ask.layer_policy), **sizes}
+    space = search.Space(
+        config, certify_class(model_class, config), census(model_class, config), sizes, fields
+    )
 
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    vocabulary: Vocabulary | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    method: str | Method = "subclone"
-    method_args: Mapping[str, Any] = field(default_factory=dict)
-    layer_policy: str | LayerPolicy | Sequence[int] | None = None
-    calibration: Any = None
-    compensation: Sequence[str] | None = None
-    seed: int = 0
-    dtype: torch.dtype | None = None
-    device: torch.device | str | None = None
-    where: Mapping[str, Any] = field(default_factory=dict)
+    def planned(shape: search.Shape) -> Plan:
+        own = replace(ask, sizes=shape.asked, fields=fields, goal=None)
+        return _planned(config, model_class, name, revision, own, observed)
 
-    def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise PlanError(f"seed={self.seed!r}: wanted is a whole number, 0 to {2**63 - 1}")
-        try:
-            torch.empty(0, device=self.device or "cpu")
-        except (AssertionError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise PlanError(f"device={self.device!r} cannot be used here: {reason}") from None
-
-    @property
-    def policy(self) -> str | LayerPolicy | Sequence[int]:
-        """The layer policy asked for, or the method's own."""
-        if self.layer_policy is not None:
-            return self.layer_policy
-        return getattr(_method(self.method, self.method_args), "layer_policy", "first")
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> _Ask:
-        source, dtype, vocab = arguments["source"], arguments["dtype"], arguments["vocab"]
-        chosen = vocab if isinstance(vocab, Vocabulary) else None
-        arguments = {**arguments, VOCAB: None if chosen else vocab}
-        live = source.dtype if isinstance(source, PreTrainedModel) else None
-        return cls(
-            dtype=_dtype(dtype) or live,
-            vocabulary=chosen,
-            sizes={axis: arguments[axis] for axis in AXES if arguments.get(axis) is not None},
-            fields=arguments["config_fields"],
-            method_args=arguments["method_args"] or {},
-            compensation=arguments["compensation"],
-            where={name: arguments[name] for name in ("revision", "token", "cache_dir", "local_files_only")},
-            **{name: arguments[name] for name in ("method", "layer_policy", "calibration", "seed", "device")},
-        )
+    return space, planned
 
 
-def _settled_plan(opened: store.Source, name: str, ask: _Ask) -> Plan:
-    """The plan with nothing open; one pass over the calibration data collects what policy and method want."""
-    observed = _observed(opened, ask)
-    plan = _planned(opened.config, opened.model_class, name, opened.revision, ask, observed)
-    return _settled(plan, opened, observed)
-
-
-def _observed(opened: store.Source, ask: _Ask) -> Observation | None:
+def _observed(opened: store.Source, ask: Ask) -> Observation | None:
     """The source on the calibration data, run when something is first asked of it; None without data."""
     if ask.calibration is None:
         return None
-    wants = (*(policy_wants(ask.policy) or ()), *getattr(_method(ask.method, ask.method_args), "wants", ()))
+    wants = (*(policy_wants(ask.policy) or ()), *getattr(ask.chosen, "wants", ()))
     if (score := ask.method_args.get("score")) is not None:
         wants += score_wants(score)
-    if _compensation(ask, _method(ask.method, ask.method_args)):
+    if _compensation(ask, ask.chosen):
         wants += ("moments",)
     return observe(opened, ask.calibration, wants, ask.device)
 
@@ -304,11 +290,11 @@ def _planned(
     model_class: type[PreTrainedModel],
     name: str,
     revision: str | None,
-    ask: _Ask,
+    ask: Ask,
     observed: Observation | None = None,
 ) -> Plan:
     """The plan that the method makes of these arguments; only a layer policy may run the source's model."""
-    method = _method(ask.method, ask.method_args)
+    method = ask.chosen
     certificate = certify_class(model_class, config)
     sizes, fields = read_request(config, ask.sizes, ask.fields)
     depths = sizes_of(config)
@@ -355,7 +341,7 @@ def _planned(
         certificate=certificate,
         layers=kept,
         parameters=(sum(map(math.prod, before.values())), sum(map(math.prod, after.values()))),
-        method=_name(ask.method),
+        method=called(ask.method),
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,
@@ -367,7 +353,7 @@ def _planned(
         request.check_growth()
     plan = method(request, **ask.method_args)
     if not isinstance(plan, Plan):
-        raise PlanError(f"method {_name(ask.method)} returned a {type(plan).__name__}, wanted is a Plan")
+        raise PlanError(f"method {called(ask.method)} returned a {type(plan).__name__}, wanted is a Plan")
     if not plan.is_fresh("*"):
         check_census(before, config, certificate)
         check_same_parts(before, after, kept, certificate)
@@ -390,7 +376,7 @@ def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> 
     return settle(plan, opened, evidence)
 
 
-def _compensation(ask: _Ask, method: Method) -> tuple[str, ...]:
+def _compensation(ask: Ask, method: Method) -> tuple[str, ...]:
     """What is to be done against what the maps lose: what is asked, or the method's own."""
     if ask.compensation is None:
         return tuple(getattr(method, "compensation", ()))
@@ -402,30 +388,3 @@ def _compensation(ask: _Ask, method: Method) -> tuple[str, ...]:
 
 def _label(source: SourceLike) -> str:
     return type(source).__name__ if isinstance(source, PreTrainedModel) else str(source)
-
-
-def _name(method: str | Method) -> str:
-    return method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-
-
-def _method(method: str | Method, arguments: Mapping[str, Any]) -> Method:
-    if not callable(method) and not (isinstance(method, str) and method in METHODS):
-        raise unknown("method", method, METHODS)
-    found = method if callable(method) else METHODS[method]
-    try:
-        inspect.signature(found).bind(None, **arguments)
-    except TypeError as error:
-        options = ", ".join(list(inspect.signature(found).parameters)[1:]) or "none"
-        raise PlanError(f"method {_name(method)}: {error}; its options are: {options}") from None
-    return found
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PlanError(
-            f"dtype={dtype!r} is unknown; allowed are float32, bfloat16, float16, float64 and auto"
-        )
-    return found

@@ -94,7 +94,7 @@ def derive_config(
     )
     stacks = {} if kept is None else dict(kept) if isinstance(kept, Mapping) else {LAYERS: kept}
     _check_kept(config, stacks, asked)
-    problems, derived = _attempt(config, asked, stacks, fields)
+    problems, derived = attempt(config, asked, stacks, fields)
     if derived is None:
         named = {axis: asked[axis] for axis in asked if _names(problems, config, axis)}
         raise SizeError("; ".join([*problems, *_hints(config, asked, named, stacks, fields)]))
@@ -199,7 +199,7 @@ def _staged(name: str, value: Any, axes: list[str], sizes: dict[str, int]) -> di
     return {}
 
 
-def _attempt(
+def attempt(
     config: Config,
     asked: Mapping[str, int],
     kept: Mapping[str, Sequence[int]],
@@ -375,7 +375,7 @@ def _hints(
         legal = []
         for candidates in (smaller, larger):
             for candidate in candidates:
-                if _attempt(config, {**asked, axis: candidate}, kept, fields)[1] is not None:
+                if attempt(config, {**asked, axis: candidate}, kept, fields)[1] is not None:
                     legal.append(candidate)
                     break
         if legal:

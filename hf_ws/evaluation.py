@@ -31,6 +31,7 @@ from hf_ws.training.sharding import on_cpu
 from hf_ws.training.tasks.causal_lm import keeps_apart
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -163,7 +164,8 @@ def evaluate(
     _check_fit(models, data)
     count = min(len(data), max_blocks or len(data))
     ids = data.dataset.select([i * len(data) // count for i in range(count)])
-    figures = _measured(models, ids, batch_size, progress)
+    measured = _measured(models, ids, batch_size, progress)
+    figures = {name: Figure.of(blocks) for name, blocks in measured.items()}
     return Evaluation(
         blocks=count, block=len(ids[0]["input_ids"]), bytes_per_token=data.bytes_per_token, **figures
     )
@@ -279,9 +281,23 @@ def _blocks(
         raise DataError(f"{where}: {error}") from error
 
 
+def block_losses(
+    model: PreTrainedModel, rows: datasets.Dataset, *, batch_size: int = 8, progress: bool = True
+) -> Tensor:
+    """Cross-entropy of a live causal language model on each block, in nats per token: float64 [blocks].
+
+    Args:
+        model: As in `evaluate`; put in eval mode.
+        rows: Blocks of one length, with `input_ids`, as `pack` makes them.
+        batch_size: Sequences at a time.
+        progress: Show a bar.
+    """
+    return _measured([model.eval()], rows, batch_size, progress)["loss"]
+
+
 @torch.no_grad()
-def _measured(models: list[PreTrainedModel], rows: Any, batch_size: int, progress: bool) -> dict[str, Figure]:
-    """The figures by their names in `Evaluation`."""
+def _measured(models: list[PreTrainedModel], rows: Any, batch_size: int, progress: bool) -> dict[str, Tensor]:
+    """The figures of each block [blocks] by their names in `Evaluation`."""
     names = ("loss", "teacher_loss", "kl", "agreement")
     found: dict[str, list[Tensor]] = {name: [] for name in names[: 1 if len(models) == 1 else None]}
     first = [{"input_ids": rows[:1]["input_ids"].to(one.device), "use_cache": False} for one in models]
@@ -317,7 +333,7 @@ def _measured(models: list[PreTrainedModel], rows: Any, batch_size: int, progres
             at += len(logits[0])
         for name, chunk in parts.items():
             found[name].append(torch.cat(chunk).view(len(ids), -1)[:, :-1].double().mean(1))
-    return {name: Figure.of(torch.cat(means)) for name, means in found.items()}
+    return {name: torch.cat(means) for name, means in found.items()}
 
 
 def _per_token(logits: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:

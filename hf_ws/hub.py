@@ -26,6 +26,7 @@ from hf_ws.axes import VOCAB
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.methods import METHODS
 from hf_ws.plan import Plan
+from hf_ws.search.table import table
 from hf_ws.store.place import TOKENIZER_FILES, locate
 from hf_ws.vocabulary import kept_tokens, write_tokenizer
 
@@ -198,6 +199,7 @@ def _sections(plan: Plan, name: str, command: str | None, training: str | None) 
         f"## Use\n\n```python\n{use}\n```",
         *([training] if training else []),
         f"## Size\n\n```\n{plan}\n```",
+        *([f"Chosen from these shapes:\n\n```\n{table(plan.search)}\n```"] if plan.search else []),
         "## What was kept\n\n" + "\n".join(f"- {line}" for line in _kept(plan)),
         "## How it was made" if training is None else "## How its start was made",
         *([f"```\n{command}\n```", "or from the plan in this folder:"] if command else []),

@@ -78,6 +78,8 @@ class Plan:
     """What is to be done, when the data are read, against what the maps lose: names in `COMPENSATIONS`, in order."""
     compensated: tuple[str, ...] = ()
     """What has been done; `refits` and `gains` are what came of it."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """How the sizes were found where a goal was given: see `hf_ws.search.table.record`."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())

@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_ws import AutoSubclone, hub
+from hf_ws import AutoSubclone, Plan, hub
 from hf_ws.cli import EXAMPLES, main, name_of
 from hf_ws.cli.options import CALIBRATION_CHARACTERS, Flags, calibration_texts, layer_policy, pairs
 from hf_ws.errors import CalibrationError, PlanError
@@ -390,6 +390,49 @@ def test_compare_trains_each_start_and_writes_table_and_picture(
     assert set(json.loads(again.out)["methods"]) == {"random", "subclone"}
 
 
+def test_race_names_the_best_of_starts_in_several_shapes(
+    run: Callable[..., Outcome], source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"w{i % 59 + 2}" for i in range(4000)))
+    given = ("--ratio", "0.7", "--shapes", "2", "--data", tmp_path / "text.txt", "--block", "16")
+    given += ("--batch-size", "2", "--steps", "4", "--learning-rates", "1e-3", "--seeds", "0,1")
+    starts = "subclone, subclone(rescale=false, score=magnitude)"
+    outcome = run("compare", source, "--race", "--methods", starts, *given, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "| start | learning rate | 2 steps | 4 steps |" in outcome.out
+    rows = [line for line in outcome.out.splitlines() if line.startswith("| subclone")]
+    assert sum(" @ hidden=" in row for row in rows) == len(rows) == 4
+    assert sum("(rescale=false, score=magnitude) @" in row for row in rows) == 2
+    assert "over 2 seeds and " in outcome.out
+    assert {"race.md", "race.png", "race.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    again = run(
+        "compare", source, "--race", "--methods", starts, *given, "--output", tmp_path / "out", "--json"
+    )
+    verdict = json.loads(again.out)["verdict"]
+    assert f"{verdict['winner']}. Confidence {verdict['confidence']:.1%}" in outcome.out
+
+
+def test_plan_searches_for_a_number_of_parameters(
+    run: Callable[..., Outcome], source: Path, tmp_path: Path
+) -> None:
+    outcome = run("plan", source, "--ratio", "0.7", "--save", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.err
+    assert "* by the nearest to the goal and to the source's proportions." in outcome.out
+    found = json.loads(run("plan", source, "--ratio", "0.7", "--json").out)
+    chosen = found["search"]["shapes"][found["search"]["chosen"]]
+    assert (
+        chosen["parameters"]
+        == found["parameters"]["target"]
+        == Plan.load(tmp_path / "plan.json").parameters[1]
+    )
+    made = run("subclone", source, tmp_path / "student", "--params", str(chosen["parameters"]))
+    assert made.code == 0, made.err
+    assert "Chosen from these shapes:" in (tmp_path / "student" / "README.md").read_text()
+    both = run("plan", source, "--ratio", "0.7", "--params", "5K")
+    assert both.code == 2
+    assert "give one of the two" in both.err
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -399,6 +442,12 @@ def test_compare_trains_each_start_and_writes_table_and_picture(
         (("--train", "steps=3"), "no such setting"),
         (("--train", "schedule=sometimes"), "cosine, constant"),
         (("--methods", "subclon"), "did you mean 'subclone'"),
+        (("--methods", "subclone(rescale=false"), "brackets do not match"),
+        (("--methods", "subclone(gain=2)"), "its options are: rescale, score"),
+        (("--seconds", "3"), "--seconds is of a race; add --race"),
+        (("--race", "--search-steps", "1"), "--search-steps has no place in a race"),
+        (("--race", "--seconds", "3"), "give one of the two"),
+        (("--shapes", "2"), "more than one only with params= or ratio="),
         (("--method", "subclone"), "did you mean --methods?"),
         (("--hidden", "13"), "hidden=13"),
     ],

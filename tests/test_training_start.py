@@ -66,6 +66,20 @@ def test_the_start_is_what_autosubclone_makes_of_the_training_blocks(source, cal
     assert job.plan.maps["hidden"].by == score
 
 
+def test_the_start_may_be_searched_for_by_its_parameters(source) -> None:
+    asked = Subclone(source=str(source), calibration=8, ratio=0.5)
+    job = prepare(settings(source, subclone=asked))
+    rows = [i * len(job.blocks) // 8 for i in range(8)]
+    data = torch.stack([job.blocks[i]["input_ids"] for i in rows])
+    expected = AutoSubclone.from_pretrained(source, calibration=data, dtype="float32", ratio=0.5)
+    assert same(job.model.state_dict(), expected.state_dict())
+    assert job.plan.search == expected.hf_ws_plan.search
+    assert "score" in job.plan.search["shapes"][0]
+    flags = config_from_flags(["--subclone", f"source={source}", "params=10K", "--steps", "1"], "")
+    assert flags.subclone is not None
+    assert flags.subclone.params == "10K"
+
+
 def test_one_command_goes_from_the_source_to_a_trained_student(source, tmp_path, monkeypatch, capsys) -> None:
     run = tmp_path / "run"
     file = tmp_path / "run.yaml"

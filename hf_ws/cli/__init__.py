@@ -44,10 +44,11 @@ app = typer.Typer(
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     plan: (
         "hf-ws plan gpt2-large --hidden 512 --layers 12",
-        "hf-ws plan gpt2-large --hidden 512 --save plan.json",
+        "hf-ws plan gpt2-large --params 125M --save plan.json",
     ),
     subclone: (
         "hf-ws subclone gpt2-large student --hidden 512 --calibration stdlib",
+        "hf-ws subclone gpt2-large student --ratio 0.4 --calibration stdlib",
         "hf-ws subclone gpt2-large student --plan plan.json",
     ),
     trim_vocab: (
@@ -58,6 +59,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     compare: (
         "hf-ws compare gpt2-large --hidden 512 --data stdlib --steps 500 --output comparison",
         "hf-ws compare gpt2-large --hidden 512 --steps 500 --output comparison --learning-rates 1e-3,5e-4",
+        "hf-ws compare gpt2-large --ratio 0.4 --shapes 3 --race --seconds 600 --output race",
     ),
     cache_teacher: (
         "hf-ws cache-teacher cache --model student --teacher gpt2-large --data my-text/ --block 512",

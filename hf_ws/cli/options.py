@@ -7,8 +7,8 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -41,6 +41,17 @@ class Flags:
     ffn: Annotated[int | None, _size("Neurons of a feed-forward block.")] = None
     vocab: Annotated[int | None, _size("Rows of the token embedding.")] = None
     experts: Annotated[int | None, _size("Routed experts in a layer.")] = None
+    params: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Parameters in all, such as 125M, in place of sizes: the best shape near it is searched for.",
+        ),
+    ] = None
+    ratio: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="The same as a part of the source's parameters, such as 0.4."),
+    ] = None
     set: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,32 +145,47 @@ class Flags:
 
 
 def with_flags(but: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes of a command's parameter `flags: Flags` one option for each field, less those in `but`."""
-    taken = [one for one in fields(Flags) if one.name not in but]
-    flag_hints = get_type_hints(Flags, include_extras=True)
-    options = [
-        inspect.Parameter(
-            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=flag_hints[one.name]
-        )
-        for one in taken
-    ]
+    """Makes of a command's parameters that are dataclasses one option for each field, less those in `but`."""
 
     def spell_out(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        blocks = {
+            name: {one.name: one for one in fields(kind) if one.name not in but}
+            for name, kind in hints.items()
+            if is_dataclass(kind)
+        }
+
         @functools.wraps(command)
         def spelled_out(**given: Any) -> None:
-            flags = Flags(**{one.name: given.pop(one.name) for one in taken})
-            command(flags=flags, **given)
+            made = {
+                name: hints[name](**{one: given.pop(one) for one in taken}) for name, taken in blocks.items()
+            }
+            command(**made, **given)
 
-        hints = get_type_hints(command, include_extras=True)
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(command).parameters.items():
             own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
-            parameters += options if name == "flags" else [own]
+            parameters += _options(hints[name], blocks[name]) if name in blocks else [own]
         spelled_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return spelled_out
 
     return spell_out
+
+
+def _options(block: type, taken: Mapping[str, Field[Any]]) -> list[inspect.Parameter]:
+    """The options that the fields of a block are."""
+    hints = get_type_hints(block, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(
+            name,
+            kind,
+            annotation=hints[name],
+            default=inspect.Parameter.empty if one.default is MISSING else one.default,
+        )
+        for name, one in taken.items()
+    ]
 
 
 def quiet_unless_seen() -> None:

@@ -33,7 +33,14 @@ def plan(
     made = AutoSubclone.plan(source, **flags.arguments())
     if save is not None:
         made.save(save)
-    print(json.dumps(summary(made), indent=2) if as_json else made)
+    print(json.dumps(summary(made), indent=2) if as_json else described(made))
+
+
+def described(plan: Plan) -> str:
+    """A plan, and before it the shapes that it was chosen from, if sizes were searched for."""
+    from hf_ws.search.table import table
+
+    return "\n\n".join(part for part in (table(plan.search), str(plan)) if part)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -50,6 +57,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "settled": plan.is_settled,
         "sizes": {"source": dict(plan.source_sizes), "target": dict(plan.target_sizes)},
         "parameters": {"source": before, "target": after},
+        "search": dict(plan.search),
         "target_config": dict(plan.target_config),
         "version": plan.version,
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_ws.cli.options import Flags, Source, calibration_texts, quiet_unless_seen, with_flags
+from hf_ws.cli.plan import described
 from hf_ws.errors import PlanError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def subclone(
         max_shard_size=max_shard_size,
         command=command.rstrip(),
     )
-    print(f"{made_plan}\n\n{_next_steps(output, made_plan.model_class, source)}")
+    print(f"{described(made_plan)}\n\n{_next_steps(output, made_plan.model_class, source)}")
 
 
 def _made(source: str, flags: Flags, plan: Path | None) -> PreTrainedModel:

@@ -1,6 +1,8 @@
-"""Compare starts: the same batches for each, and how many tokens each one saves."""
+"""Compare starts: the same batches for each, how many tokens each one saves, and which of many is the best."""
 
 from hf_ws.compare.arms import compare
+from hf_ws.compare.race import race
+from hf_ws.compare.race_report import Race
 from hf_ws.compare.report import Arm, Comparison
 
-__all__ = ["Arm", "Comparison", "compare"]
+__all__ = ["Arm", "Comparison", "Race", "compare", "race"]

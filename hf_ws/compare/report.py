@@ -25,6 +25,7 @@ class Arm:
     bits_per_byte: float | None  # at the end; None where the text's bytes are not known
     seconds: float
     model_folder: Path | None = None
+    judged: list[float] | None = None  # loss of each further held-out block at the end, if there were any
 
     @property
     def first_loss(self) -> float:

@@ -29,6 +29,8 @@ class Subclone:
     ffn: int | None = None
     vocab: int | None = None
     experts: int | None = None
+    params: str | int | None = None
+    ratio: float | None = None
     set: dict[str, Any] = field(default_factory=dict)
     method: str = "subclone"
     method_args: dict[str, Any] = field(default_factory=dict)
