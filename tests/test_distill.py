@@ -223,6 +223,17 @@ def test_cross_entropy_is_torchs() -> None:
     assert torch.allclose(*(torch.autograd.grad(value, student)[0] for value in (made, 2 * plain)))
 
 
+def test_autocast_leaves_the_loss_in_float32() -> None:
+    student, teacher, marks = logits(0, 2, 7), logits(1, 2, 7), labels(2, 7)
+    weights = {"cross_entropy": 0.3, "forward_kl": 0.7}
+    plain, _ = token_losses(student, marks, teacher, weights=weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, parts = token_losses(student, marks, teacher, weights=weights)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, plain)
+    assert sum(weights[name] * value for name, value in parts.items()) == pytest.approx(float(plain), rel=1e-6)
+
+
 def test_a_padded_table_is_compared_on_the_common_ids() -> None:
     student, teacher, marks = logits(0, 2, 4), logits(1, 2, 4), labels(2, 4)
     padded = torch.cat([teacher, torch.full((2, 4, 3), 9.0)], -1)

@@ -254,7 +254,7 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         parts = tuple(sums.unbind())
         ctx.mark_non_differentiable(*parts)
-        return (sums @ factors, *parts)
+        return ((sums * factors).sum(), *parts)  # no product of vectors, which autocast would do in bf16
 
     @staticmethod
     @once_differentiable
