@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import starts
 from benchmarks.starting import report as reporting
 from benchmarks.starting import sources, units
-from benchmarks.starting.arms import ARMS, CLAIMS
+from benchmarks.starting.arms import ARMS, CLAIMS, refusal, sizes_for
 from benchmarks.starting.report import Report, final_table, tables
 from benchmarks.starting.sources import RECIPES, Recipe, Source
 from benchmarks.starting.units import LONG, PER_STEP, SEARCH, SHORT, Bench, Results, Stage, Unit
+from hf_ws import AutoSubclone
 
 TINY = {
     "hidden_size": 32,
@@ -125,11 +126,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (units, reporting):
         monkeypatch.setattr(module, "SHORT", 3)
     monkeypatch.setattr(reporting, "SEARCH", 1)
-    monkeypatch.setattr(units, "LEAST", 1e-3)
-    monkeypatch.setattr(units, "MOST", 4e-3)
-    monkeypatch.setattr(
-        units, "ARMS", {name: ARMS[name] for name in ("random", "subclone", "subclone, split heads")}
-    )
+    for name, value in {"RATES": (1e-3,), "LEAST": 1e-3, "MOST": 1e-3}.items():
+        monkeypatch.setattr(units, name, value)
+    few = {name: ARMS[name] for name in ("random", "subclone", "subclone, split heads")}
+    for module in (units, starts):
+        monkeypatch.setattr(module, "ARMS", few)
     stages = (Stage("start", 0, (0,), None), Stage("main", 3, (0,), True))
     monkeypatch.setattr(units, "STAGES", stages)
     command = ["--sources", "llama-peps", "--peps", str(tmp_path), "--cache", str(tmp_path / "cache")]
@@ -144,10 +145,10 @@ def test_a_run_goes_on_where_it_was_and_leaves_results_and_plot(tiny, tmp_path, 
     assert len(made) == 3
     starts.main(tiny)
     starts.main([*tiny, "--status"])
-    assert "main: 8 of 8 done, 0.0 h left" in capsys.readouterr().out
+    assert "main: 4 of 4 done, 0.0 h left" in capsys.readouterr().out
 
     files = {file: file.read_bytes() for file in (tmp_path / "cache" / "units").iterdir()}
-    assert len(files) == 3 + 2 * (3 + 1)
+    assert len(files) == 3 + 2 * (1 + 1)
     assert (
         made.items() <= {file.name: data for file, data in files.items()}.items()
     )  # what was there is not redone
@@ -194,6 +195,41 @@ def test_nothing_trained_on_is_measured_on() -> None:
 
 
 # --- arms ---
+
+
+def test_every_arm_is_known_or_waits_for_something_named() -> None:
+    """A row that is mistyped would wait for ever."""
+    config = AutoConfig.from_pretrained(sources.DEMO)
+    sizes = RECIPES["demo"].targets["both-40"]
+    for name, arm in ARMS.items():
+        why = refusal(arm, str(sources.DEMO), config, sizes)
+        assert why is None or "is unknown; known are" in why, f"{name}: {why}"
+
+
+def test_split_heads_keep_every_head_at_about_the_same_parameters() -> None:
+    arm, config = ARMS["subclone, split heads"], LlamaConfig(**sources.LLAMA)
+    asked = sizes_for(arm, config, sources.WIDE_LLAMA["both-40"])
+    assert (asked["heads"], asked["kv_heads"], asked["head_dim"]) == (6, 3, 42)
+    assert refusal(arm, "none", config, {"layers": 4}) == "every head is kept by every arm"
+
+
+def test_targets_have_about_the_parameters_that_they_are_named_after() -> None:
+    for name in ("llama", "gpt2"):
+        recipe = RECIPES[name]
+        model_class, made = recipe.model_class, recipe.config(vocab_size=4096)
+        with torch.device("meta"):
+            whole = model_class(made).num_parameters(exclude_embeddings=False)
+            table = 4096 * model_class(made).get_input_embeddings().embedding_dim
+        rest = whole - table * (1 if made.tie_word_embeddings else 2)
+        for target, sizes in recipe.targets.items():
+            plan = AutoSubclone.plan(model_class(made), method="random", **sizes)
+            own = plan.parameters[1] - 4096 * plan.target_sizes["hidden"] * (
+                1 if made.tie_word_embeddings else 2
+            )
+            if target == "both-40":
+                assert 0.35 < plan.parameters[1] / whole < 0.45
+            else:
+                assert abs(own / rest - (0.5 if target.endswith("1/2") else 0.25)) < 0.03
 
 
 def test_arms_and_claims_belong_together() -> None:

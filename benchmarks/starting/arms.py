@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_ws import AutoSubclone
-from hf_ws.errors import HfWsError
+from hf_ws.errors import CalibrationError, HfWsError
 from hf_ws.sizes import sizes_of
 
 MAIN, ABLATION = "main", "ablation"
@@ -25,37 +25,45 @@ class Arm:
     every_head: bool = False  # keeps all heads, each with fewer channels, at about the same parameters
 
 
-def _subclone(
-    calibrated: bool = True, policy: str | None = None, every_head: bool = False, **options: Any
-) -> Arm:
-    return Arm(
-        {"method": "subclone", "layer_policy": policy, "method_args": options},
-        calibrated,
-        every_head=every_head,
-    )
+def _subclone(policy: str | None = None, group: str = ABLATION, **options: Any) -> Arm:
+    """Subcloning with a layer policy and further method arguments, importance seen on data."""
+    return Arm({"method": "subclone", "layer_policy": policy, "method_args": options}, True, group)
 
 
-def _selected(policy: str | None = None, **options: Any) -> Arm:
-    return Arm({"method": "weight_selection", "layer_policy": policy, "method_args": options})
+def _selected(policy: str | None = None, group: str = ABLATION, **options: Any) -> Arm:
+    """Weight selection with a layer policy and further method arguments."""
+    return Arm({"method": "weight_selection", "layer_policy": policy, "method_args": options}, group=group)
+
+
+def _rotated(policy: str | None = None, group: str = ABLATION, **options: Any) -> Arm:
+    """Rotation with a layer policy and further arguments of `from_pretrained`."""
+    return Arm({"method": "rotation", "layer_policy": policy, **options}, True, group)
 
 
 ARMS: dict[str, Arm] = {
     "random": Arm({"method": "random"}, group=MAIN),
-    "weight_selection": Arm({"method": "weight_selection"}, group=MAIN),
-    "subclone": Arm({"method": "subclone"}, calibrated=True, group=MAIN),
-    "rotation": Arm({"method": "rotation"}, calibrated=True, group=MAIN),
+    "weight_selection": _selected(group=MAIN),
+    "subclone": _subclone(group=MAIN),
+    "rotation": _rotated(group=MAIN),
+    "rotation, block influence": _rotated("block_influence", group=MAIN),
+    "rotation, no least squares": _rotated(compensation=[]),
+    "rotation, first layers": _rotated("first"),
     "subclone, no gains": _subclone(rescale=False),
-    "subclone, first layers": _subclone(policy="first"),
-    "subclone, block influence": _subclone(policy="block_influence"),
-    "subclone, magnitude": _subclone(calibrated=False),
-    "subclone, split heads": _subclone(every_head=True),
+    "subclone, first layers": _subclone("first"),
+    "subclone, block influence": _subclone("block_influence"),
+    "subclone, least squares": Arm({"method": "subclone", "compensation": ["least_squares"]}, True),
+    "subclone, split heads": Arm({"method": "subclone"}, True, every_head=True),
+    "subclone, magnitude": Arm({"method": "subclone"}),
+    "subclone, L2": _subclone(score="l2_activation"),
+    "subclone, Taylor": _subclone(score="taylor"),
+    "subclone, variance": _subclone(score="variance"),
     "weight_selection, middle dropped": _selected("middle_dropped"),
     "weight_selection, consecutive": _selected(selection="consecutive"),
     "weight_selection, random indices": _selected(selection="random"),
     "weight_selection, random, not consistent": _selected(selection="random", consistent=False),
-    "rotation, middle dropped": Arm(
-        {"method": "rotation", "layer_policy": "middle_dropped"}, calibrated=True
-    ),
+    "subclone, evenly spaced layers": _subclone("evenly_spaced"),
+    "subclone, angular distance": _subclone("angular_distance"),
+    "subclone, loss increase": _subclone("loss_increase"),
 }
 
 
@@ -93,7 +101,16 @@ CLAIMS = (
         "weight_selection, middle dropped",
     ),
     Claim("peers: whole heads, not a part of every head", "subclone", "subclone, split heads"),
-    Claim("ours: block influence beats the middle drop", "subclone, block influence", "subclone"),
+    Claim("peers: least squares helps, on selection", "subclone, least squares", "subclone"),
+    Claim("peers: least squares helps, on rotation", "rotation", "rotation, no least squares"),
+    Claim("peers: L2 ranks better than the mean of |a|", "subclone, L2", "subclone"),
+    Claim("peers: block influence beats the middle drop", "subclone, block influence", "subclone"),
+    Claim(
+        "ours: rotation beats selection, both without compensation", "rotation, no least squares", "subclone"
+    ),
+    Claim(
+        "ours: block influence beats the middle drop, on rotation", "rotation, block influence", "rotation"
+    ),
 )
 
 
@@ -117,6 +134,8 @@ def refusal(arm: Arm, source: str, config: PreTrainedConfig, sizes: Mapping[str,
         return "every head is kept by every arm"
     try:
         AutoSubclone.plan(source, **arm.options, **sizes_for(arm, config, sizes))
+    except CalibrationError:  # it looks at data, which it will be given
+        return None
     except HfWsError as error:
         return str(error)
     return None
