@@ -1,0 +1,1 @@
+"""What `benchmarks/starts.py` is made of: sources, arms, units and the report."""
