@@ -300,8 +300,6 @@ def _planned(
     depths = sizes_of(config)
     if ask.vocabulary is not None:
         sizes, fields = sizes | ask.vocabulary.sizes(config), ask.vocabulary.fields(config) | fields
-    else:
-        warn_of_first_ids(sizes.get(VOCAB), depths.get(VOCAB))
     stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
     grows = bool(getattr(method, "grows", False))
     policy = ask.policy
@@ -329,6 +327,8 @@ def _planned(
         return target, census(model_class, target)
 
     before, (target, after) = census(model_class, config), derived()
+    if ask.vocabulary is None:
+        warn_of_first_ids(sizes.get(VOCAB), depths.get(VOCAB))
     for axis in wanting_the_first(before, after, kept, certificate):
         kept[axis] = behind_the_first(axis, kept[axis], depths[axis])
         target, after = derived()

@@ -26,10 +26,13 @@ NAMES = [
     "ResumeError",
     "SizeError",
     "UnsupportedArchitectureError",
+    "Vocabulary",
     "__version__",
     "calibrate",
     "certify",
+    "choose_vocabulary",
     "derive_config",
+    "trim_tokenizer",
 ]
 
 

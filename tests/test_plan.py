@@ -398,10 +398,9 @@ def test_a_settled_plan_says_by_what_it_ranked() -> None:
         "heads": "activation",
         "kv_heads": "activation",
         "ffn": "activation",
-        "experts": "magnitude",  # no hook sees them
+        "experts": "activation",  # by what the router gives them
     }
     assert "(highest by activation)" in str(made)
-    assert "(highest by magnitude)" in str(made)
     assert "highest by" not in str(plan())
 
 

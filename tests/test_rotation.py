@@ -60,7 +60,9 @@ def test_what_cannot_be_turned_is_said_and_selected_from(
         turning(type(source), source.config, certify(type(source), source.config))
     hidden = {HIDDEN: 32}
     with caplog.at_level(logging.WARNING, "hf_ws"):
-        target = AutoSubclone.from_pretrained(source, method="rotation", calibration=IDS, **hidden)
+        target = AutoSubclone.from_pretrained(
+            source, method="rotation", calibration=IDS, compensation=(), **hidden
+        )
     assert "selected by importance instead" in caplog.text
     chosen = AutoSubclone.from_pretrained(source, method="subclone", calibration=IDS, **hidden)
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), chosen.parameters(), strict=True))

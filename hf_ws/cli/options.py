@@ -60,7 +60,8 @@ class Flags:
         ),
     ] = None
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="How to choose: subclone, weight_selection or random.")
+        str,
+        typer.Option(metavar="NAME", help="How to choose: rotation, subclone, weight_selection or random."),
     ] = "subclone"
     method_arg: Annotated[
         list[str] | None,
@@ -81,6 +82,13 @@ class Flags:
             metavar="FILE|stdlib",
             help=f"Text to rank by activation on, the first {CALIBRATION_CHARACTERS:,} characters of a sample of its "
             "documents; stdlib is Python's own sources; may be repeated.",
+        ),
+    ] = None
+    compensation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is done, with that text, against what is lost: least_squares; may be repeated.",
         ),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0

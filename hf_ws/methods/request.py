@@ -179,15 +179,15 @@ class Request:
         Raises:
             SizeError: naming every axis that grows.
         """
-        before, after, made = self.before, self.after, {LABELS, LAYERS}
-        made |= {KV_HEADS} if copied(self) else set()
-        grown = [
-            f"{axis} from {size} to {after[axis]}"
+        before, after = self.before, self.after
+        longer = [
+            axis
             for axis, size in before.items()
-            if after.get(axis, 0) > size and kind_of(axis) not in made and (axis in self._sized())
+            if after.get(axis, 0) > size and kind_of(axis) not in (LABELS, LAYERS) and axis in self._sized()
         ]
-        if not grown:
-            return
+        if {kind_of(axis) for axis in longer} <= {KV_HEADS} and (not longer or copied(self)):
+            return  # key/value heads alone become more by copying
+        grown = [f"{axis} from {before[axis]} to {after[axis]}" for axis in longer]
         hint = ""
         if (
             after.get(HEAD_DIM, 0) > before.get(HEAD_DIM, 0)
