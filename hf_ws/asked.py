@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_ws.axes import AXES, VOCAB
 from hf_ws.depth import LayerPolicy
-from hf_ws.errors import PlanError, unknown
+from hf_ws.errors import CalibrationError, PlanError, unknown
+from hf_ws.evidence import Evidence
 from hf_ws.maps import called
 from hf_ws.methods import METHODS, Method
 from hf_ws.search.goal import Goal
@@ -40,11 +41,25 @@ class Ask:
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise PlanError(f"seed={self.seed!r}: wanted is a whole number, 0 to {2**63 - 1}")
+        if self.goal is not None and self.calibration is not None:
+            self._check_scored()
         try:
             torch.empty(0, device=self.device or "cpu")
         except (AssertionError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise PlanError(f"device={self.device!r} cannot be used here: {reason}") from None
+
+    def _check_scored(self) -> None:
+        """Refuse what no start can be scored on. Raises CalibrationError, PlanError."""
+        if isinstance(self.calibration, Evidence):
+            raise CalibrationError(
+                f"{self.goal} scores starts on calibration data, and this is evidence; pass the data, or sizes"
+            )
+        if self.vocabulary is not None or VOCAB in self.sizes:
+            raise PlanError(
+                f"{self.goal} scores starts on the source's token ids, and with vocab= they know others; take the "
+                "sizes that the search finds without calibration, or without vocab="
+            )
 
     @property
     def chosen(self) -> Method:

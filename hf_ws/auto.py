@@ -236,7 +236,9 @@ def _settled_plan(opened: store.Source, name: str, ask: Ask) -> Plan:
         observed = _observed(opened, ask)
         plan = _open_plan(*where, ask) if ask.goal is not None else _planned(*where, ask, observed)
         return _settled(plan, opened, observed)
-    counted, kept = search.parted(calibration_inputs(opened.config, ask.calibration, tokenizer_of(opened)))
+    certificate = certify_class(opened.model_class, opened.config)
+    given = calibration_inputs(opened.config, ask.calibration, tokenizer_of(opened), certificate)
+    counted, kept = search.parted(given)
     seen = _observed(opened, replace(ask, calibration=counted))
     space, planned = _space(*where, ask, seen)
     source = opened.model() if opened.files is None else opened.model().to(ask.device or "cpu")
@@ -262,12 +264,16 @@ def _space(
     sizes, fields = read_request(config, ask.sizes, ask.fields)
     if isinstance(ask.layer_policy, Sequence) and not isinstance(ask.layer_policy, str):
         sizes = {LAYERS: len(ask.layer_policy), **sizes}
+    asked, other = sizes, fields
+    if ask.vocabulary is not None:
+        asked, other = sizes | ask.vocabulary.sizes(config), ask.vocabulary.fields(config) | fields
     space = search.Space(
-        config, certify_class(model_class, config), census(model_class, config), sizes, fields
+        config, certify_class(model_class, config), census(model_class, config), asked, other
     )
 
     def planned(shape: search.Shape) -> Plan:
-        own = replace(ask, sizes=shape.asked, fields=fields, goal=None)
+        sizes = {axis: size for axis, size in shape.asked.items() if ask.vocabulary is None or axis != VOCAB}
+        own = replace(ask, sizes=sizes, fields=fields, goal=None)
         return _planned(config, model_class, name, revision, own, observed)
 
     return space, planned

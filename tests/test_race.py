@@ -210,6 +210,26 @@ def test_confidence_is_that_of_a_paired_bootstrap() -> None:
     assert not luck.decided  # any number of blocks cannot say which seeds are the usual ones
 
 
+def test_methods_options_and_shapes_race_as_they_are_in_the_table(tmp_path) -> None:
+    """A method that wants data, one with a policy that does, and compensation: none is refused before it has them."""
+    source = fresh(0)
+    methods = ["rotation", "subclone(compensation=[least_squares])", "subclone(layer_policy=block_influence)"]
+    result = race(
+        source,
+        output=tmp_path,
+        steps=2,
+        sizes={"ratio": 0.6},
+        methods=methods,
+        data=blocks(0),
+        held_out=blocks(1, 16),
+        learning_rates=[1e-3],
+        seeds=[0],
+        progress=False,
+    )
+    assert {one.label for one in result.rungs[0].standings} == set(methods)
+    assert result.verdict is not None
+
+
 def test_starts_are_spelled_with_their_options() -> None:
     assert parted("random, subclone(a=1, b=[2, 3]) ,x") == ["random", "subclone(a=1, b=[2, 3])", "x"]
     assert parsed("random") == Spelled("random", "random")

@@ -25,13 +25,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_ws import AutoSubclone, Plan
+from hf_ws import AutoSubclone, Plan, calibrate
 from hf_ws.derive import derive_config
 from hf_ws.errors import CalibrationError, PlanError, SizeError
 from hf_ws.layouts import certify
 from hf_ws.layouts.census import census
 from hf_ws.search import Goal, Space, nearest, parted, table
 from hf_ws.sizes import sizes_of
+from hf_ws.vocabulary import Vocabulary
 
 LLAMA = {
     "vocab_size": 61,
@@ -250,6 +251,29 @@ def test_a_net_of_stages_is_refused_by_name() -> None:
         PlanError, match="ConvNextForImageClassification: a goal searches hidden, ffn and layers"
     ):
         AutoSubclone.plan(net, ratio=0.5)
+
+
+def test_a_policy_that_looks_at_data_sees_what_is_not_scored_on(llama) -> None:
+    plan = AutoSubclone.plan(llama, params="20K", calibration=ids(8), layer_policy="block_influence")
+    sizes = plan.search["shapes"][plan.search["chosen"]]["sizes"]
+    counted = ids(8)[[0, 1, 2, 4, 5, 6]]
+    own = AutoSubclone.plan(llama, calibration=counted, layer_policy="block_influence", **sizes)
+    assert own.layers == plan.layers
+
+
+def test_evidence_cannot_score_a_start(llama) -> None:
+    with pytest.raises(CalibrationError, match="params=20,000 scores starts on calibration data"):
+        AutoSubclone.plan(llama, params="20K", calibration=calibrate(llama, ids(8)))
+
+
+def test_a_chosen_vocabulary_counts_and_is_not_scored(llama) -> None:
+    chosen = Vocabulary(tuple(range(0, 60, 2)), 61)
+    plan = AutoSubclone.plan(llama, ratio=0.5, vocab=chosen)
+    assert plan.target_sizes["vocab"] == 30
+    assert plan.parameters[1] == plan.apply(llama).num_parameters()
+    assert abs(math.log(plan.parameters[1] / 0.5 / llama.num_parameters())) <= math.log(1.1)
+    with pytest.raises(PlanError, match=r"ratio=0\.5 scores starts on the source's token ids"):
+        AutoSubclone.plan(llama, ratio=0.5, vocab=chosen, calibration=ids(8))
 
 
 def test_one_sequence_is_too_little_to_count_and_to_score_on(llama) -> None:

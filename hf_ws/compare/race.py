@@ -198,7 +198,7 @@ def _how(setup: Setup, budget: _Budget) -> str:
     seeds = ", ".join(map(str, setup.seeds))
     equal = "equal training time" if budget.steps is None else "equal steps and tokens"
     return (
-        f"In a rung all starts have the {equal} that its column names. Losses are held-out, in nats per token, the "
+        f"All starts of a rung have {equal}, as its column names. Losses are held-out, in nats per token, the "
         f"mean over seeds {seeds} (least to most); the learning rate is the best of {grid} in that rung at seed "
         f"{setup.seeds[0]}."
     )

@@ -146,12 +146,14 @@ def _draw(race: Race) -> None:
         place = -math.inf
         for _, loss, label, colour in sorted(end for end in ends if end[0] == at):
             place = max(loss, place + (top - bottom) * 0.045)  # labels of close ends are pushed apart
-            axes.annotate(f"  {label}", (at, place), color=colour, va="center", annotation_clip=False)
+            told = axes.annotate(f"  {label}", (at, place), color=colour, va="center", annotation_clip=False)
+            told.set_in_layout(False)  # long names widen the picture, they do not narrow the plot
     axes.set_xticks(range(len(race.rungs)), [rung.budget for rung in race.rungs])
     axes.set_xlim(-0.2, max(len(race.rungs) - 1, 0) + 0.2)
     axes.spines[["top", "right"]].set_visible(False)
     if race.verdict is not None:
         sure = race.verdict
         said = "wins" if sure.decided else "is ahead, undecided"
-        axes.set_title(f"{sure.winner} {said}: confidence {sure.confidence:.1%}", fontsize=10)
-    figure.savefig(race.folder / f"{NAME}.png", dpi=130, bbox_inches="tight")
+        axes.set_title(f"{sure.winner} {said}: confidence {sure.confidence:.1%}", fontsize=10, loc="left")
+    drawn: dict[str, Any] = {"bbox_extra_artists": axes.texts, "bbox_inches": "tight"}
+    figure.savefig(race.folder / f"{NAME}.png", dpi=130, **drawn)

@@ -160,7 +160,11 @@ class Setup:
             raise PlanError(f"shapes={self.shapes}: at least 1; more than one only with params= or ratio=")
         shapes: list[dict[str, Any]] = [{}]
         if goal:
-            found = AutoSubclone.plan(self.source, **sizes, **goal).search["shapes"]
+            # which layers and how they are mended is each start's own affair, and may take data
+            plain = {
+                name: value for name, value in sizes.items() if name not in ("layer_policy", "compensation")
+            }
+            found = AutoSubclone.plan(self.source, **plain, **goal).search["shapes"]
             shapes = [dict(row["sizes"]) for row in found[: self.shapes]]
         arms = []
         for own in shapes:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
-SURE = 0.95
+SURE = 0.975
+"""From here on a lead counts as decided: 0 is then outside the middle 95 of 100 resampled leads."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Verdict:
 
     @property
     def decided(self) -> bool:
-        """Whether the confidence is 95 % or more."""
+        """Whether the confidence is 97.5 % or more."""
         return self.confidence >= SURE
 
     def as_dict(self) -> dict[str, Any]:
