@@ -34,9 +34,22 @@ STARTS: dict[str, dict[str, Any]] = {
     "subclone, activation": {"calibrated": True},
     "subclone, activation, first layers": {"calibrated": True, "layer_policy": "first"},
     "subclone, activation, no gains": {"calibrated": True, "method_args": {"rescale": False}},
+    "subclone, activation, least squares": {"calibrated": True, "compensation": ["least_squares"]},
     "subclone, magnitude": {},
     "subclone, magnitude, first layers": {"layer_policy": "first"},
     "subclone, magnitude, no gains": {"method_args": {"rescale": False}},
+    "rotation": {"calibrated": True, "method": "rotation", "compensation": []},
+    "rotation, least squares": {"calibrated": True, "method": "rotation"},
+    "rotation, least squares, first layers": {
+        "calibrated": True,
+        "method": "rotation",
+        "layer_policy": "first",
+    },
+    "rotation, least squares, block influence": {
+        "calibrated": True,
+        "method": "rotation",
+        "layer_policy": "block_influence",
+    },
 }
 
 
