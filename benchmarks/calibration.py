@@ -4,7 +4,8 @@
     python benchmarks/calibration.py --shape small
 
 A Llama-shaped bf16 source. Every contender is a process of its own, repeated in turn, the source in the page cache;
-medians are printed. Loading the model and proving its layouts are not counted.
+medians are printed. Loading the model and proving its layouts are not counted. CPU seconds are what the process worked,
+whatever else ran on the machine.
 
     plain       forward passes without gradients, the logits of one token only
     mean_abs    `calibrate` as a ranking wants it
@@ -79,14 +80,15 @@ def measure(source: Path, contender: str, sequences: int, length: int) -> dict[s
         model(ids[:1, :64], logits_to_keep=1)  # all weights are read once
     peak = Peak()
     peak.start()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     if contender == "plain":
         with torch.no_grad():
             for batch in ids.split(BATCH):
                 model(batch, logits_to_keep=1)
     else:
         calibrate(model, ids, certificate=certificate, wants=WANTS[contender])
-    return {"seconds": time.perf_counter() - began, "bytes": peak.stop()}
+    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
+    return {"seconds": seconds, "cpu": cpu, "bytes": peak.stop()}
 
 
 def run(source: Path, contender: str, sequences: int, length: int) -> dict[str, float]:
@@ -140,13 +142,18 @@ def main() -> None:
 
 def report(found: dict[str, list[dict[str, float]]], sequences: int, length: int) -> None:
     """Print the medians."""
-    print(f"{sequences} sequences of {length} tokens\n\n| | runs | seconds | x plain | GB beyond the model |")
-    print("|---|---|---|---|---|")
-    plain = statistics.median(row["seconds"] for row in found["plain"])
+    print(f"{sequences} sequences of {length} tokens\n")
+    print("| | runs | seconds | x plain | CPU seconds | x plain | GB beyond the model |")
+    print("|---|---|---|---|---|---|---|")
+
+    def median(name: str, what: str) -> float:
+        return statistics.median(row[what] for row in found[name])
+
     for name, rows in found.items():
-        seconds = statistics.median(row["seconds"] for row in rows)
-        gigabytes = statistics.median(row["bytes"] for row in rows) / 1e9
-        print(f"| {name} | {len(rows)} | {seconds:.1f} | {seconds / plain:.2f} | {gigabytes:.2f} |")
+        line = f"| {name} | {len(rows)}"
+        for what in ("seconds", "cpu"):
+            line += f" | {median(name, what):.1f} | {median(name, what) / median('plain', what):.2f}"
+        print(f"{line} | {median(name, 'bytes') / 1e9:.2f} |")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from hf_ws.layouts import Certificate
 from hf_ws.sizes import sizes_of
 
 RECENT = 4  # tensors that are remembered, to know again what several matrices read
+PIECE = 2**17  # numbers that are added up at a time on a CPU
 SAMPLE = 256  # tokens of a batch whose angles are taken
 
 
@@ -80,12 +81,17 @@ class Collector:
 
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _flat(self, values: Tensor) -> Tensor:
-        """[tokens, width], padding left out; in float32 if it was less."""
+    def _rows(self, values: Tensor) -> Tensor:
+        """[tokens, width], padding left out."""
         flat = values.detach().reshape(-1, values.shape[-1])
         if self.mask is not None and self.mask.numel() == len(flat):
             flat = flat[self.mask.reshape(-1).to(flat.device).bool()]
-        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+        return flat
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """The same in float32, if it was less."""
+        rows = self._rows(values)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     # ------------------------------------------------------------------------------------------ along an axis
 
@@ -104,13 +110,22 @@ class Collector:
         return see
 
     def _add(self, site: Site, values: Tensor) -> None:
-        flat = self._flat(values)
-        self.sums.add(f"count|{site.key}", float(len(flat)))
-        self.sums.add(f"abs|{site.key}", flat.abs().sum(0, dtype=torch.float64).cpu())
-        if {"mean", "variance"} & {*self.wants}:
-            self.sums.add(f"sum|{site.key}", flat.sum(0, dtype=torch.float64).cpu())
-        if {"rms", "variance"} & {*self.wants}:
-            self.sums.add(f"square|{site.key}", flat.double().square().sum(0).cpu())
+        rows, wants = self._rows(values), {*self.wants}
+        self.sums.add(f"count|{site.key}", float(len(rows)))
+        totals = {"abs": rows.new_zeros(rows.shape[1], dtype=torch.float64)}
+        totals |= {"sum": totals["abs"].clone()} if {"mean", "variance"} & wants else {}
+        totals |= {"square": totals["abs"].clone()} if {"rms", "variance"} & wants else {}
+        # Pieces that stay in the cache: a whole batch in float64 takes twenty times as long, and much memory.
+        size = len(rows) if rows.is_cuda else PIECE // rows.shape[1]
+        for piece in rows.split(max(size, 1)):
+            wide = piece.double()
+            if "sum" in totals:
+                totals["sum"] += wide.sum(0)
+            if "square" in totals:
+                totals["square"] += wide.square().sum(0)
+            totals["abs"] += wide.abs().sum(0)
+        for word, total in totals.items():
+            self.sums.add(f"{word}|{site.key}", total.cpu())
         if "taylor" in self.wants and values.requires_grad:
             seen = values.detach()
             values.register_hook(lambda gradient: self._add_taylor(site, seen, gradient))
