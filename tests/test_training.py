@@ -231,6 +231,18 @@ def test_resume_with_other_settings_or_data_is_refused(interrupted, blocks) -> N
         resume(interrupted, other)
 
 
+def test_a_run_begun_before_a_setting_was_known_goes_on(interrupted, tmp_path, blocks) -> None:
+    """It went by the default, so that alone resumes it."""
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
+    known = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({key: known[key] for key in known if key != "weight_decay"}))
+    with pytest.raises(ResumeError, match=r"weight_decay was 0.1, is 0.2"):
+        resume(run, blocks, weight_decay=0.2)
+    resume(run, blocks)
+    assert same(weights(run / "model"), weights(interrupted.with_name("model")))
+
+
 def test_an_output_that_is_not_ours_is_refused_before_work(interrupted, tmp_path, blocks) -> None:
     with pytest.raises(OutputError, match="holds a run already; resume=True continues it"):
         resume(interrupted, blocks, resume=False)

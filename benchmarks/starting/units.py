@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 from benchmarks.starting.arms import ARMS, MAIN, refusal, sizes_for
 from benchmarks.starting.sources import BATCH, BLOCK, Source, loss_of, measured
 from hf_ws import AutoSubclone, __version__
-from hf_ws.errors import DivergenceError
+from hf_ws.errors import DivergenceError, ResumeError
 from hf_ws.training import TrainConfig, train
 from hf_ws.training.run_folder import write_json
 
@@ -230,10 +230,16 @@ class Bench:
             output=str(scratch / unit.key), resume=True, save_model=False,
         )  # fmt: skip
         try:
-            history = train(
-                config, model=model, train_blocks=self.source.blocks["train"],
-                eval_blocks=measured(self.source.blocks["validation"]),
-            )  # fmt: skip
+            return self._curve(config, model)
+        except ResumeError:  # what is left there is of another start by this name: the library has changed
+            shutil.rmtree(scratch / unit.key)
+            return self._curve(config, model)
+
+    def _curve(self, config: TrainConfig, model: PreTrainedModel) -> dict[str, Any]:
+        blocks = self.source.blocks
+        held_out = measured(blocks["validation"])
+        try:
+            history = train(config, model=model, train_blocks=blocks["train"], eval_blocks=held_out)
         except DivergenceError:
             return {"diverged": True}
         return {"curve": [[tokens, loss] for tokens, loss in history.evaluations]}

@@ -54,8 +54,10 @@ def check_run_folder(folder: Path, resume: bool) -> None:
     check_output(folder)
 
 
-def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+def check_same_run(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuse to continue a run with other settings, data, start or number of processes.
+
+    A setting that the record lacks came into the library after the run began, which went by its default.
 
     Raises:
         ResumeError: Naming each setting that changed, or that the record cannot be read.
@@ -65,6 +67,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ResumeError(f"{folder / MARK} cannot be read ({error}); start in a new folder") from error
     now = json.loads(json.dumps(settings))
+    before = json.loads(json.dumps({key: defaults[key] for key in now.keys() & defaults.keys()})) | before
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         what = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)

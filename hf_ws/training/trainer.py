@@ -141,7 +141,7 @@ def _train(job: Job, folder: Path | None) -> History:
     checkpoint: Path | None = None
     damaged: list[Path] = []
     if folder and (folder / run_folder.MARK).is_file():
-        run_folder.check_same_run(folder, record)
+        run_folder.check_same_run(folder, record, asdict(TrainConfig(steps=1)))
         if left := result.finished(folder, job):
             result.restore(left, job)
             return History(run_folder.read_metrics(folder), job.tokens_per_step, left)
