@@ -103,7 +103,7 @@ CLAIMS = (
     Claim("peers: whole heads, not a part of every head", "subclone", "subclone, split heads"),
     Claim("peers: least squares helps, on selection", "subclone, least squares", "subclone"),
     Claim("peers: least squares helps, on rotation", "rotation", "rotation, no least squares"),
-    Claim("peers: L2 ranks better than the mean of |a|", "subclone, L2", "subclone"),
+    Claim("peers: L2 ranks better than the mean absolute activation", "subclone, L2", "subclone"),
     Claim("peers: block influence beats the middle drop", "subclone, block influence", "subclone"),
     Claim(
         "ours: rotation beats selection, both without compensation", "rotation, no least squares", "subclone"

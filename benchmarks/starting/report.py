@@ -286,7 +286,7 @@ def draw(report: Report, folder: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     panels = [steps for steps in (SHORT, LONG) if report.arms(steps)]
-    figure = Figure(figsize=(5.5 * (len(panels) + 1), 5), layout="constrained")
+    figure = Figure(figsize=(2 + 5.5 * (len(panels) + 1), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
     for place, steps in zip(axes, panels, strict=False):
@@ -311,7 +311,7 @@ def draw(report: Report, folder: Path) -> None:
     arms = [arm for arm in report.arms(0) if arm != BASELINE]
     arms.sort(key=lambda arm: report.gap_closed(arm) or 0.0)
     axes[-1].barh(arms, [100 * (report.gap_closed(arm) or 0.0) for arm in arms], color="C0")
-    axes[-1].set(title="before training", xlabel="gap from random to the source closed, %")
+    axes[-1].set(title="before training", xlabel="gap closed, %")
     for place in axes:
         place.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.told['name']}, target {CHOOSING}")
