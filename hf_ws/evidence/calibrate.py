@@ -92,7 +92,9 @@ def _collect(
     """Run this process's share of the batches, less those that are done; the model is left as it was."""
     training = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)  # Taylor terms are of activations: no weight's gradient is computed
+    model.eval()
+    if "taylor" in collector.wants:  # of activations: no weight's gradient is computed
+        model.requires_grad_(False)  # only then: on a CPU torch runs frozen bfloat16 weights more slowly
     rank, processes = share()
     own = batches[rank::processes]
     bar = tqdm(own, desc="calibrating", unit="batch", delay=2, disable=rank > 0)
