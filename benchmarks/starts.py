@@ -44,9 +44,6 @@ RESULTS = Path(__file__).parent / "results" / "starts"
 def main(arguments: list[str] | None = None) -> None:
     """Do what is asked; without a question, work."""
     args = _arguments(arguments)
-    logging.getLogger("hf_ws").setLevel(
-        logging.ERROR
-    )  # that magnitude ranks without data is the point of one arm
     transformers_logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -176,4 +173,7 @@ def _folder(name: str, args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
+    logging.getLogger("hf_ws").setLevel(
+        logging.ERROR
+    )  # that magnitude ranks without data is the point of one arm
     main()
