@@ -238,7 +238,7 @@ def test_without_merging_a_wider_group_is_refused_and_merging_is_named() -> None
 
 
 def test_copies_are_whole_and_under_the_same_query_heads() -> None:
-    source = families.model("llama", num_attention_heads=12)
+    source = families.model("llama", num_attention_heads=12, hidden_size=96)
     with pytest.raises(
         SizeError, match=r"become more by copying the source's 4 next to themselves.*leave heads at 12"
     ):
