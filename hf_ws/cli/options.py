@@ -88,7 +88,7 @@ class Flags:
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="What is done, with that text, against what is lost: least_squares; may be repeated.",
+            help="What is done, with that text, against what is lost: least_squares, mean_bias; may be repeated.",
         ),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hf_ws.compensation.least_squares import least_squares
+from hf_ws.compensation.mean_bias import mean_bias
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate
 from hf_ws.plan import Plan
@@ -16,6 +17,6 @@ from hf_ws.store import Source
 
 Compensation = Callable[[Plan, Source, Certificate, Evidence], Plan]
 
-COMPENSATIONS: dict[str, Compensation] = {"least_squares": least_squares}
+COMPENSATIONS: dict[str, Compensation] = {"least_squares": least_squares, "mean_bias": mean_bias}
 
-__all__ = ["COMPENSATIONS", "Compensation", "least_squares"]
+__all__ = ["COMPENSATIONS", "Compensation", "least_squares", "mean_bias"]

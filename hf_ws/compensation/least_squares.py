@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_ws.axes import HIDDEN, kind_of, parse, positions
-from hf_ws.evidence import Evidence
+from hf_ws.evidence import Evidence, Moments
 from hf_ws.layouts import Certificate
 from hf_ws.maps import Gather, Refit
 from hf_ws.plan import Plan
@@ -24,41 +25,47 @@ def least_squares(plan: Plan, source: Source, certificate: Certificate, evidence
     """Every matrix that reads fewer neurons or heads than the source's is fitted to them.
 
     Of the source's inputs a [n] the target sees a_K. The best linear guess at a from a_K is E[a a_K^T] E[a_K a_K^T]^-1
-    a_K, so that is what the matrix is multiplied by: W' a_K is then nearest to W a over the calibration data. With
-    "mean_bias" asked for too, moments are taken about the mean, and W times what is missing of it goes into the bias.
+    a_K, so that is what the matrix is multiplied by: W' a_K is then nearest to W a over the calibration data, with a
+    small penalty on how far W' goes from the columns that are kept.
     """
     refits = dict(plan.refits)
-    for name, own, pattern, layer in tqdm(
-        list(certificate.spelled(plan.layers)), desc="fitting", unit="matrix", delay=2
+    for name, kept, moments in tqdm(
+        list(cut(plan, certificate, evidence)), desc="fitting", unit="matrix", delay=2
     ):
-        layout = parse(plan.layouts[pattern])
-        reading = [dim for dim in layout if dim.reads]
-        if (
-            len(reading) != 1
-            or not reading[0].axes
-            or any(kind_of(axis) == HIDDEN for axis in reading[0].axes)
-        ):
-            continue
-        maps = {axis: plan.axis_map(axis, layer, name) for axis in reading[0].axes}
-        if own not in evidence.moments or not any(_cuts(axis_map) for axis_map in maps.values()):
-            continue
-        arrays = {axis: m.as_array for axis, m in maps.items() if isinstance(m, Gather)}
-        kept = positions(reading[0], plan.source_sizes, plan.target_sizes, arrays)
-        refits[name] = Refit(fitted(evidence.moments[own].second.double(), torch.from_numpy(kept)))
+        refits[name] = Refit(fitted(moments.second.double(), kept))
     return replace(plan, refits=refits)
 
 
-def _cuts(axis_map: object) -> bool:
-    return isinstance(axis_map, Gather) and len(axis_map) < axis_map.size
+least_squares.wants = ("moments",)  # type: ignore[attr-defined]
+
+
+def cut(plan: Plan, certificate: Certificate, evidence: Evidence) -> Iterator[tuple[str, Tensor, Moments]]:
+    """Every matrix that reads fewer neurons or heads than the source's: its name in the target, which of the source's
+    inputs it keeps [target inputs], and their moments."""
+    for name, source, pattern, layer in certificate.spelled(plan.layers):
+        reading = [dim for dim in parse(plan.layouts[pattern]) if dim.reads]
+        axes = reading[0].axes if len(reading) == 1 else ()
+        if source not in evidence.moments or any(kind_of(axis) == HIDDEN for axis in axes):
+            continue
+        maps = {axis: plan.axis_map(axis, layer, name) for axis in axes}
+        if any(isinstance(m, Gather) and len(m) < m.size for m in maps.values()):
+            arrays = {axis: m.as_array for axis, m in maps.items() if isinstance(m, Gather)}
+            kept = positions(reading[0], plan.source_sizes, plan.target_sizes, arrays)
+            yield name, torch.from_numpy(kept), evidence.moments[source]
 
 
 def fitted(second: Tensor, kept: Tensor) -> np.ndarray:
-    """What the kept inputs say of all: [kept, all], float32.
+    """What the kept inputs say of all, float32 [kept, all]: of themselves all, of the others what goes along with them.
 
     Args:
         second: Second moments of the inputs [all, all], float64.
         kept: Which are kept.
     """
+    read = torch.zeros(len(kept), len(second), dtype=second.dtype)
+    read[torch.arange(len(kept)), kept] = 1.0
+    gone = torch.ones(len(second), dtype=torch.bool)
+    gone[kept] = False
     inner = second[kept][:, kept]
     inner = inner + RIDGE * inner.diagonal().mean().clamp(min=1e-30) * torch.eye(len(kept), dtype=inner.dtype)
-    return torch.linalg.solve(inner, second[kept]).float().numpy()
+    read[:, gone] = torch.linalg.solve(inner, second[kept][:, gone])
+    return read.float().numpy()
