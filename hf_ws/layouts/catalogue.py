@@ -22,6 +22,8 @@ from transformers.models.auto import modeling_auto as auto
 from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, MOE_FFN, kind_of
 from hf_ws.errors import HfWsError, UnsupportedArchitectureError
 from hf_ws.layouts import zoo
+from hf_ws.layouts.census import census, check_census
+from hf_ws.layouts.census import census, check_census
 from hf_ws.layouts.certify import certify
 from hf_ws.sizes import nodes
 
@@ -112,10 +114,11 @@ def _completed(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def verdict_of(name: str, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Verdict:
-    """Prove a class for a config."""
+    """Prove a class for a config, and that the proof speaks of every tensor of the model of that size."""
     start = time.perf_counter()
     try:
         certificate = certify(model_class, config)
+        check_census(census(model_class, config), config, certificate)
     except HfWsError as error:
         return _refused(name, model_class.__name__, error, start)
     stuck = [axis for axis in certificate.fixed if kind_of(axis) in CORE]

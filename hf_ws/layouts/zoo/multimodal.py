@@ -83,8 +83,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     | {
         "vision_config.hidden_size": Each(192, 320),  # heads of 64 in the Q-Former, which is as wide
         "vision_config.num_attention_heads": Each(12, 10),
-        "deepstack_layer_map": [[-2, 0], [-1, 1]],
-        "spatial_target_layers": [0, 1, 2, 2],
+        "text_config.num_hidden_layers": 8,  # one for each of the projectors
+        "deepstack_layer_map": [[-2, 0], [-1, 1], [-2, 2], [-1, 3]],
+        "spatial_target_layers": [4, 5, 6, 7],
     },
     **dict.fromkeys(("gemma3_text", "muse_glimmer_text"), _WHOLE),
     **dict.fromkeys(  # where it is 2 they pool, as they first did, at the largest id
@@ -98,11 +99,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     ),
     "align_vision_model": {
         "width_coefficient": 1.0,
-        "depth_coefficient": 1.0,
         "image_size": 64,
         "depth_divisor": 2,
         "in_channels": [32, 6, 4, 10, 12, 14, 16],
-        "num_block_repeats": [1] * 7,
         "out_channels": Each(
             [6, 4, 10, 12, 14, 16, 82], [6, 4, 10, 12, 14, 16, 76]
         ),  # as wide as the projection

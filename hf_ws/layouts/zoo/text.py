@@ -51,14 +51,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "blt_local_decoder": {"num_attention_heads": Each(6, 12)},  # as wide as the encoder
     "bros": {"num_attention_heads": Each(8, 16)},  # hidden must be a multiple of 64
     "kyutai_speech_to_text": {"num_codebooks": 3},
-    "musicgen_decoder": {"num_codebooks": 3},
-    "musicgen_melody_decoder": {"num_codebooks": 3},
     "zamba": {
         "n_mamba_heads": Each(8, 4),
         "hidden_size": Each(120, 240),
     },  # heads not as wide as hidden by chance
     "convbert": {"num_attention_heads": Each(12, 8)},  # half of them are convolutions
-    "switch_transformers": {  # every second layer is sparse
+    "nllb-moe": {  # every second layer is sparse; experts have names
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+        "num_experts": lambda config: config.num_experts,
+    },
+    "switch_transformers": {  # the same
+        "num_experts": lambda config: config.num_experts,
         "num_layers": 4,
         "num_decoder_layers": 4,
         "num_sparse_encoder_layers": 2,
@@ -91,7 +95,6 @@ FIELDS: dict[str, dict[str, Any]] = {
         "o_lora_rank": 20,
     },
     "markuplm": {
-        "max_depth": 5,
         "max_xpath_tag_unit_embeddings": 20,
         "max_xpath_subs_unit_embeddings": 30,
         "tag_pad_id": 19,

@@ -51,7 +51,6 @@ _INTRACLASS = {
 
 _GROUPS = {
     "num_queries": 7,
-    "group_detr": 1,
     "d_model": Each(240, 288),
     "hidden_expansion": 0.4,  # or twice what comes of it would be as wide as the stream
     "decoder_self_attention_heads": Each(12, 18),
@@ -111,7 +110,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "efficientnet": {
         "width_coefficient": Each(0.53, 0.71),
         "depth_divisor": 1,
-        "depth_coefficient": 1.0,
         "squeeze_expansion_ratio": 0.3,
     },
     "mobilenet_v1": {"depth_multiplier": Each(0.27, 0.35), "min_depth": 1},
@@ -139,12 +137,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bridgetower": {"num_hidden_layers": 2},  # of its bridge; its towers have one more at least
     "bridgetower_vision_model": {"hidden_size": Each(192, 320)},  # heads of 64
     "levit": {
-        "depths": [2, 2, 2],
         # not what the heads are wide that halve the picture, which are as many as fit
         "hidden_sizes": Each([128, 200, 165], [176, 312, 171]),
         "key_dim": Each([24, 16, 32], [28, 16, 40]),
     },
-    "sam2_hiera_det_model": {"global_attention_blocks": [3, 5]},
+    "sam2_hiera_det_model": {"blocks_per_stage": lambda config: config.blocks_per_stage},  # numbered through
     **dict.fromkeys(
         ("sam2_vision_model", "sam3_vision_model"),
         {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
