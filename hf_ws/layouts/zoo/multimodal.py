@@ -97,14 +97,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"), {"insert_layer_id": 1}
     ),
+    "align": {"projection_dim": 82},  # the last width of the vision part, of which squeezes are fractions: stays
     "align_vision_model": {
         "width_coefficient": 1.0,
         "image_size": 64,
         "depth_divisor": 2,
         "in_channels": [32, 6, 4, 10, 12, 14, 16],
-        "out_channels": Each(
-            [6, 4, 10, 12, 14, 16, 82], [6, 4, 10, 12, 14, 16, 76]
-        ),  # as wide as the projection
+        "out_channels": [6, 4, 10, 12, 14, 16, 82],
     },
     "aria": {"projector_patch_to_query_dict": {16: 5}, "max_value_projector_patch_to_query_dict": 5},
     "muse_glimmer": {"projector_hidden_size": 52},
