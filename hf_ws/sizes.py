@@ -328,6 +328,15 @@ def resize(
     return type(config).from_dict(values)
 
 
+def fitted(config: Config) -> Config:
+    """The config, with fields that follow others as those say: in a default, parts may not fit together."""
+    values = config.to_dict()
+    for (*path, last), leader in _following(config).items():
+        if node_at(values, path).get(last) != leader(values):
+            return resize(config, {})
+    return config
+
+
 def _turn_the_same_part(config: Config, values: dict[str, Any]) -> None:
     """Mistral 4 keeps the part of a head that is rotated as a fraction too: it follows, in place."""
     for path, node in nodes(config):

@@ -10,10 +10,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_ws import UnsupportedArchitectureError, certify
+from hf_ws.layouts.catalogue import verdict_of
 from hf_ws.layouts.certify import certificate_of
 from hf_ws.layouts.infer import Inferred, generic, infer, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.layouts.prove import TOLERANCE
+from hf_ws.sizes import fitted
 from tests import families
 
 
@@ -146,6 +148,32 @@ def test_a_class_whose_function_breaks_the_symmetry_keeps_that_axis() -> None:
     assert "hidden" not in certificate.axes
     assert "permuting it moved the output by" in certificate.fixed["hidden"]
     assert {"ffn", "heads"} <= set(certificate.axes)
+
+
+def test_a_default_with_a_tensor_that_no_miniature_has_is_refused() -> None:
+    """Only a model of many layers has the parameter: the proof holds, and does not speak of it."""
+
+    class Deep(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            if config.num_hidden_layers > 8:
+                self.model.deep = nn.Parameter(torch.zeros(config.hidden_size))
+
+    certify(Deep)
+    found = verdict_of("deep", Deep, LlamaConfig())
+    assert (found.verdict, found.axes) == ("refused", ())
+    assert found.reason is not None
+    assert "Deep: model.deep is [4096], but the proven layouts have no such parameter" in found.reason
+    assert verdict_of("deep", Deep, LlamaConfig(num_hidden_layers=8)).verdict == "certified"
+
+
+def test_parts_of_a_default_that_do_not_fit_together_are_made_to() -> None:
+    """Stock Qwen2-VL by default makes pictures 3584 wide for a text of 8192: no published one does."""
+    config = CONFIG_MAPPING["qwen2_vl"]()
+    assert config.vision_config.hidden_size != config.text_config.hidden_size
+    made = fitted(config)
+    assert made.vision_config.hidden_size == made.text_config.hidden_size == config.text_config.hidden_size
+    assert fitted(made) is made
 
 
 def test_a_classifier_is_proven_with_its_labels() -> None:

@@ -25,7 +25,7 @@ from hf_ws.layouts import zoo
 from hf_ws.layouts.census import census, check_census
 from hf_ws.layouts.census import census, check_census
 from hf_ws.layouts.certify import certify
-from hf_ws.sizes import nodes
+from hf_ws.sizes import fitted, nodes
 
 KINDS: dict[str, tuple[str, ...]] = {
     "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",),
@@ -105,12 +105,12 @@ def _modeling(config: PreTrainedConfig) -> ModuleType:
 
 
 def _completed(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A default config with what every published one has besides."""
+    """A default config with what every published one has besides, and parts that fit together."""
     for _, node in nodes(config):
         for name, value in zoo.FIELDS.get(node.model_type, {}).items():
             if isinstance(value, zoo.Open) and getattr(node, name, None) is None:
                 setattr(node, name, value[0])
-    return config
+    return fitted(config)
 
 
 def verdict_of(name: str, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Verdict:
