@@ -79,7 +79,9 @@ def miniature(config: PreTrainedConfig, variant: int = 0, tight: int = 0) -> Pre
     for axis in layer_axes(shrunk):
         kinds = layer_kinds(shrunk, axis)
         layers = sorted({kinds.index(kind) for kind in kinds})
-        kept[axis] = layers + [layers[-1]] * (fixed.get(axis, _least_layers(shrunk, axis)) - len(layers))
+        again = layers[0 if _node_of(shrunk, axis).model_type in zoo.LED else -1]
+        more = fixed.get(axis, _least_layers(shrunk, axis)) - len(layers)
+        kept[axis] = sorted(layers + [again] * more)
         sizes[axis] = len(kept[axis])
     single = {name: value for name, value in own.items() if not isinstance(value, list | tuple | dict)}
     return resize(shrunk, sizes, kept, **single, **dict(_rotations(shrunk, sizes)))
@@ -106,11 +108,14 @@ def _rotations(config: PreTrainedConfig, sizes: Mapping[str, int]) -> Iterator[t
 
 def _least_layers(config: PreTrainedConfig, axis: str) -> int:
     """Two in a stage, for its first may differ; else three, or as many as a backbone gives the features of."""
-    place = places(config)[axis][0]
-    if place.index is not None:
+    if places(config)[axis][0].index is not None:
         return 2
-    node = next(node for path, node in nodes(config) if path == place.path)
-    return max(3, len(getattr(node, "out_indices", None) or ()))
+    return max(3, len(getattr(_node_of(config, axis), "out_indices", None) or ()))
+
+
+def _node_of(config: PreTrainedConfig, axis: str) -> PreTrainedConfig:
+    """The config of the tree that an axis has its field in."""
+    return next(node for path, node in nodes(config) if path == places(config)[axis][0].path)
 
 
 def _fixed(config: PreTrainedConfig, own: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -26,5 +26,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = text.DEFAULTS | multimodal.DEFAULTS 
 """What the config of a type is made with where nothing at all gives one that its own class accepts."""
 ATTENTION: Mapping[str, str] = audio.ATTENTION
 """How attention is computed where a class does not bear the plain way."""
+LED = ("fun_asr_nano_encoder", "inkling2_text")
+"""Types whose first layer is unlike the others of its kind: a miniature has that kind twice, not the last."""
 
-__all__ = ["ATTENTION", "DEFAULTS", "FIELDS", "INPUTS", "TIGHT", "Each", "Open"]
+__all__ = ["ATTENTION", "DEFAULTS", "FIELDS", "INPUTS", "LED", "TIGHT", "Each", "Open"]
