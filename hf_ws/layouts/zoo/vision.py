@@ -100,6 +100,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "swin2sr": {"window_size": 4, "image_size": 8},
     # a GroupNorm over widths that are rounded to eights
     "bit": {"num_groups": 2, "hidden_sizes": Each([96, 160, 224, 288], [128, 192, 256, 352])},
+    # a first stage as wide as the stem has a branch that needs this
+    "textnet": {"hidden_sizes": Each([40, 40, 56, 72, 88], [48, 48, 64, 84, 104])},
     "regnet": {"groups_width": 6, "hidden_sizes": Each([42, 66, 78, 102], [30, 54, 90, 114])},
     **dict.fromkeys(
         ("resnet", "rt_detr_resnet"),
