@@ -23,7 +23,6 @@ from hf_ws.axes import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, MOE_FFN, kind_of
 from hf_ws.errors import HfWsError, UnsupportedArchitectureError
 from hf_ws.layouts import zoo
 from hf_ws.layouts.census import census, check_census
-from hf_ws.layouts.census import census, check_census
 from hf_ws.layouts.certify import certify
 from hf_ws.sizes import fitted, nodes
 
