@@ -97,7 +97,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"), {"insert_layer_id": 1}
     ),
-    "align": {"projection_dim": 82},  # the last width of the vision part, of which squeezes are fractions: stays
+    "align": {
+        "projection_dim": 82
+    },  # the last width of the vision part, of which squeezes are fractions: stays
     "align_vision_model": {
         "width_coefficient": 1.0,
         "image_size": 64,
