@@ -48,6 +48,7 @@ SPECIAL: Mapping[str, Mapping[str, float]] = {
     "lilt": {"hidden": 144, "heads": 9},  # whole sixths, and whole quarters
     "cvt": {"layers.1": 2, "layers.2": 3},  # the class counts stages where it means layers
     "regnet": {"hidden.0": 24, "hidden.1": 42, "hidden.2": 48, "hidden.3": 66},  # whole groups
+    "textnet": {"hidden.0": 24, "hidden.1": 24},  # equal, or the first stage has one branch less
     "xclip": {"vision_config.mit.heads": 12},  # they share out what the text is projected to
     "efficientnet": {"width_coefficient": 0.35},
     "mobilenet_v1": {"depth_multiplier": 0.2},
