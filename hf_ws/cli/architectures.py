@@ -11,8 +11,9 @@ from hf_ws.layouts.catalogue import KINDS, Verdict, types
 HEAD = """# Architectures
 
 What `hf-ws` can resize in {count} model types of Transformers {version}: the axes that are proven to be free, on a
-miniature of the type's default config. `hf-ws certify --all --markdown` writes this page; for the types in
-tests/zoo_types.txt the tests check that it says what the proofs say, and that a transfer keeps the laws.
+miniature of the type's default config which has every kind of tensor that the default itself has. `hf-ws certify --all
+--markdown` writes this page; for the types in tests/zoo_types.txt (every one that is certified) the tests check that
+it says what the proofs say, and that a transfer keeps the laws.
 
 *Certified*: hidden, ffn, heads, kv_heads and layers may change wherever the type has them, in every stack. *In part*:
 one of these stays as it is, for the reason given. *Refused*: nothing is transferred. A config of your own is proven
