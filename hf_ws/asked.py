@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ws.axes import AXES, VOCAB
 from hf_ws.depth import LayerPolicy
 from hf_ws.errors import CalibrationError, PlanError, unknown
 from hf_ws.evidence import Evidence
 from hf_ws.maps import called
-from hf_ws.methods import METHODS, Method
+from hf_ws.methods import METHODS, Method, default_method
 from hf_ws.search.goal import Goal
 from hf_ws.vocabulary import Vocabulary
 
@@ -28,7 +28,7 @@ class Ask:
     vocabulary: Vocabulary | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     goal: Goal | None = None
-    method: str | Method = "subclone"
+    method: str | Method | None = None
     method_args: Mapping[str, Any] = field(default_factory=dict)
     layer_policy: str | LayerPolicy | Sequence[int] | None = None
     calibration: Any = None
@@ -61,9 +61,22 @@ class Ask:
                 "sizes that the search finds without calibration, or without vocab="
             )
 
+    def decided(self, config: PreTrainedConfig) -> Ask:
+        """The same with a method. Raises PlanError: options of a method that is not named."""
+        if self.method is not None:
+            return self
+        if self.method_args:
+            named = ", ".join(self.method_args)
+            raise PlanError(
+                f"method_args gives {named}, and no method is named; name the one whose options these are: method= one "
+                f"of {', '.join(METHODS)}"
+            )
+        return replace(self, method=default_method(config, self.calibration is not None))
+
     @property
     def chosen(self) -> Method:
         """The method, its options checked."""
+        assert self.method is not None, "decided() comes first"
         return _method(self.method, self.method_args)
 
     @property

@@ -67,7 +67,7 @@ class AutoSubclone:
         experts: int | None = None,
         params: str | int | None = None,
         ratio: float | None = None,
-        method: str | Method = "subclone",
+        method: str | Method | None = None,
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
@@ -100,7 +100,9 @@ class AutoSubclone:
             params: Parameters in all ("125M", "1.5B", 125_000_000) in place of sizes, which are searched for (see
                 `hf_ws.search`) and kept in the plan; sizes that are given hold for every shape.
             ratio: The same as a part of the source's parameters, above 0, up to 1.
-            method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`.
+            method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`. If None, the best
+                that was measured: with `calibration`, "rotation" ("subclone" if the head is tied); without,
+                "weight_selection".
             method_args: The method's own options, such as `{"rescale": False}`.
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
                 of source layers to keep; the method's own policy if None.
@@ -148,7 +150,7 @@ class AutoSubclone:
         experts: int | None = None,
         params: str | int | None = None,
         ratio: float | None = None,
-        method: str | Method = "subclone",
+        method: str | Method | None = None,
         method_args: Mapping[str, Any] | None = None,
         layer_policy: str | LayerPolicy | Sequence[int] | None = None,
         calibration: Any = None,
@@ -207,7 +209,8 @@ def apply_plan(
     ) as opened:
         if calibration is not None and not plan.wants_data:
             raise PlanError(f"this {plan.method} plan ranks nothing by activation: leave calibration= out")
-        settled = _settled(plan, opened, _observed(opened, Ask(calibration=calibration, device=device)))
+        observed = None if calibration is None else observe(opened, calibration, (), device)
+        settled = _settled(plan, opened, observed)
         if (asked := dtype_of(dtype)) is not None:
             values = {**plan.target_config, "dtype": str(asked).removeprefix("torch.")}
             settled = replace(settled, target_config=values)
@@ -220,6 +223,7 @@ def _open_plan(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: Ask
 ) -> Plan:
     """The plan of the sizes asked for, or of the shape that comes nearest a goal; reads no weights."""
+    ask = ask.decided(config)
     if ask.goal is None:
         return _planned(config, model_class, name, revision, ask)
     space, planned = _space(config, model_class, name, revision, ask)
@@ -232,6 +236,12 @@ def _settled_plan(opened: store.Source, name: str, ask: Ask) -> Plan:
     One pass over the data collects what policy and method want.
     """
     where = (opened.config, opened.model_class, name, opened.revision)
+    if ask.method is None and ask.calibration is None:
+        logger.warning(
+            "no calibration data: weights are selected evenly. A start that has seen the source at work is better; "
+            "pass calibration= with some text"
+        )
+    ask = ask.decided(opened.config)
     if ask.goal is None or ask.calibration is None:
         observed = _observed(opened, ask)
         plan = _open_plan(*where, ask) if ask.goal is not None else _planned(*where, ask, observed)
@@ -347,7 +357,7 @@ def _planned(
         certificate=certificate,
         layers=kept,
         parameters=(sum(map(math.prod, before.values())), sum(map(math.prod, after.values()))),
-        method=called(ask.method),
+        method=called(ask.method or method),
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,

@@ -222,7 +222,8 @@ REFUSED = {
     "growth": (("--hidden", "48"), 2, "grow"),
     "option": (("--hiden", "12"), 2, "did you mean --hidden?"),
     "method": (("--method", "subclon"), 2, "did you mean 'subclone'"),
-    "method option": (("--method-arg", "rescal=1"), 2, "rescale"),
+    "method option": (("--method", "subclone", "--method-arg", "rescal=1"), 2, "rescale"),
+    "method option without method": (("--method-arg", "rescale=false"), 2, "rescale, and no method is named"),
     "method option's form": (("--method-arg", "rescale"), 2, "name=value"),
     "field": (("--set", "hiden_size=12"), 2, "hidden_size"),
     "field with a flag": (("--set", "hidden=12"), 2, "--hidden"),
@@ -263,9 +264,8 @@ def test_calibration_that_a_saved_plan_has_no_use_for_is_refused(
     outcome = run("subclone", source, tmp_path / "out", *given)
     assert outcome.code == 2
     assert "--calibration" in outcome.err
-    run(
-        "plan", source, "--hidden", "12", "--method-arg", "score=activation", "--save", tmp_path / "plan.json"
-    )
+    ranked = ("--method", "subclone", "--method-arg", "score=activation")
+    run("plan", source, "--hidden", "12", *ranked, "--save", tmp_path / "plan.json")
     assert run("subclone", source, tmp_path / "out", *given).code == 0
 
 

@@ -27,7 +27,8 @@ WITH_DATA = [name for name, policy in POLICIES.items() if wants_of(policy) is no
 def kept(
     source: PreTrainedModel, policy: Any, layers: int = 2, data: Any = IDS
 ) -> dict[str, tuple[int, ...]]:
-    return dict(AutoSubclone.plan(source, layers=layers, layer_policy=policy, calibration=data).layers)
+    plan = AutoSubclone.plan(source, method="subclone", layers=layers, layer_policy=policy, calibration=data)
+    return dict(plan.layers)
 
 
 def idle(model: PreTrainedModel, *layers: int) -> PreTrainedModel:
@@ -168,7 +169,9 @@ def test_the_source_runs_once_for_policy_and_ranking(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hf_ws.evidence.observation.calibrate", counted)
     source = families.model("llama")
     asked = {"method_args": {"score": "variance"}, "layer_policy": "block_influence"}
-    AutoSubclone.from_pretrained(source, hidden=32, layers=2, calibration=iter([{"input_ids": IDS}]), **asked)
+    AutoSubclone.from_pretrained(
+        source, method="subclone", hidden=32, layers=2, calibration=iter([{"input_ids": IDS}]), **asked
+    )
     assert len(calls) == 1
     assert {"similarity", "variance"} <= {*calls[0]}
     AutoSubclone.from_pretrained(source, hidden=32, method="weight_selection", calibration=IDS)
@@ -187,12 +190,15 @@ def test_evidence_in_place_of_data() -> None:
     with pytest.raises(
         CalibrationError, match=r"this evidence holds mean_abs, not similarity; collect it with"
     ):
-        kept(source, "block_influence", data=calibrate(source, IDS))
+        kept(source, "block_influence", data=calibrate(source, IDS, wants=("mean_abs",)))
     with pytest.raises(
         CalibrationError, match="this evidence is of a model with hidden=64, the source has 32"
     ):
         AutoSubclone.plan(
-            families.model("llama", hidden_size=32), hidden=16, calibration=calibrate(source, IDS)
+            families.model("llama", hidden_size=32),
+            method="subclone",
+            hidden=16,
+            calibration=calibrate(source, IDS),
         )
 
 

@@ -39,7 +39,7 @@ def made(source: PreTrainedModel, **asked: object) -> PreTrainedModel:
 
 
 def merged(source: PreTrainedModel, how: str = "mean", **asked: object) -> PreTrainedModel:
-    return made(source, method_args={"kv_merge": how}, **asked)
+    return made(source, method="subclone", method_args={"kv_merge": how}, **asked)
 
 
 def difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
@@ -101,6 +101,7 @@ def test_heads_of_one_group_that_agree_are_merged_without_loss() -> None:
         grown,
         heads=4,
         kv_heads=4,
+        method="subclone",
         method_args={"kv_merge": "mean", "rescale": False, "score": "magnitude"},
     )
     assert difference(target, source) < 2e-5
@@ -108,7 +109,7 @@ def test_heads_of_one_group_that_agree_are_merged_without_loss() -> None:
 
 def test_a_merging_plan_is_saved_and_gives_the_same_bytes(tmp_path: Path) -> None:
     source = families.model("llama")
-    plan = AutoSubclone.plan(source, kv_heads=1, method_args={"kv_merge": "mean"})
+    plan = AutoSubclone.plan(source, kv_heads=1, method="subclone", method_args={"kv_merge": "mean"})
     assert "1 means of 4 neighbours of the 4" in str(plan)
     plan.save(tmp_path / "plan.json")
     models = [one.apply(source) for one in (plan, Plan.load(tmp_path / "plan.json"))]
@@ -162,7 +163,7 @@ def scrambled(model: PreTrainedModel) -> PreTrainedModel:
 
 def test_a_least_squares_plan_is_saved_and_gives_the_same_bytes(tmp_path: Path) -> None:
     source = families.model("qwen2")
-    plan = AutoSubclone.plan(source, kv_heads=1, method_args={"kv_merge": "least_squares"})
+    plan = AutoSubclone.plan(source, kv_heads=1, method="subclone", method_args={"kv_merge": "least_squares"})
     assert "1 least-squares merges of 4 neighbours each" in str(plan)
     model = plan.apply(source)
     assert "1 least-squares merges of 4 neighbours of the 4" in str(model.hf_ws_plan)

@@ -37,7 +37,7 @@ IDS = families.tokens(rows=4, length=16)
 
 
 def subclone(source: PreTrainedModel, **ask: Any) -> PreTrainedModel:
-    return AutoSubclone.from_pretrained(source, **ask)
+    return AutoSubclone.from_pretrained(source, **{"method": "subclone", **ask})
 
 
 def index_of(model: PreTrainedModel, key: str) -> list[int]:
@@ -540,7 +540,7 @@ def test_the_score_may_be_named(caplog: pytest.LogCaptureFixture) -> None:
     ):
         subclone(source, hidden=32, method_args={"score": "activation"})
     with pytest.raises(PlanError, match=r"score 'tayler' is unknown; known are activation, .*mean 'taylor'"):
-        AutoSubclone.plan(source, hidden=32, method_args={"score": "tayler"})
+        AutoSubclone.plan(source, hidden=32, method="subclone", method_args={"score": "tayler"})
 
 
 @pytest.mark.parametrize("calibration", [None, IDS], ids=["magnitude", "activation"])
@@ -636,7 +636,7 @@ def test_a_family_whose_pairs_cannot_be_told_is_refused() -> None:
 
 def test_a_smaller_head_where_only_a_part_turns_is_refused() -> None:
     with pytest.raises(SizeError, match=r"head_dim=8: phi turns only a part of each head's 16 channels"):
-        AutoSubclone.plan(families.model("phi"), hidden=64, heads=8)
+        AutoSubclone.plan(families.model("phi"), method="subclone", hidden=64, heads=8)
 
 
 # ------------------------------------------------------------------------------------------------ random
@@ -743,8 +743,10 @@ def test_layers_may_be_named_or_chosen_by_a_callable(policy: Any) -> None:
 
 def test_the_users_policy_wins_over_the_methods_own() -> None:
     source = families.model("llama")
-    assert AutoSubclone.plan(source, layers=2).layers == {"layers": (0, 3)}
-    assert AutoSubclone.plan(source, layers=2, layer_policy="first").layers == {"layers": (0, 1)}
+    assert AutoSubclone.plan(source, method="subclone", layers=2).layers == {"layers": (0, 3)}
+    assert AutoSubclone.plan(source, method="subclone", layers=2, layer_policy="first").layers == {
+        "layers": (0, 1)
+    }
     assert AutoSubclone.plan(source, layers=2, method="weight_selection").layers == {"layers": (0, 1)}
     assert AutoSubclone.plan(
         source, layers=2, layer_policy="middle_dropped", method="weight_selection"
@@ -887,3 +889,40 @@ def test_token_ids_asked_for_hold_in_generation_too(tmp_path: Path) -> None:
         assert target.generation_config.eos_token_id == 7
         assert target.generation_config.bos_token_id == source.generation_config.bos_token_id
         assert source.generation_config.eos_token_id == [150, 151]
+
+
+# ------------------------------------------------------------------------------------------------ no method named
+
+
+@pytest.mark.parametrize(
+    ("family", "calibration", "method"),
+    [("llama", IDS, "rotation"), ("gpt2", IDS, "subclone"), ("llama", None, "weight_selection")],
+)
+def test_the_method_by_default(family: str, calibration: Any, method: str) -> None:
+    """GPT-2's head is the embedding: rotation would untie it."""
+    source = families.model(family)
+    assert AutoSubclone.plan(source, hidden=32, calibration=calibration).method == method
+    target = AutoSubclone.from_pretrained(source, hidden=32, calibration=calibration)
+    assert target.hf_ws_plan.method == method
+    named = AutoSubclone.from_pretrained(source, hidden=32, calibration=calibration, method=method)
+    for name, value in arrays(target).items():
+        np.testing.assert_array_equal(value, arrays(named)[name])
+
+
+def test_without_method_and_calibration_it_says_what_would_be_better(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = families.model("llama")
+    AutoSubclone.from_pretrained(source, hidden=32)
+    assert "weights are selected evenly" in caplog.text
+    caplog.clear()
+    AutoSubclone.from_pretrained(source, hidden=32, calibration=IDS)
+    AutoSubclone.from_pretrained(source, hidden=32, method="weight_selection")
+    assert caplog.text == ""
+
+
+def test_options_of_no_method_are_refused() -> None:
+    with pytest.raises(
+        PlanError, match="method_args gives score, and no method is named; name the one whose"
+    ):
+        AutoSubclone.plan(families.model("llama"), hidden=32, method_args={"score": "activation"})

@@ -164,7 +164,7 @@ def test_weights_move_over_the_run() -> None:
         assert tuple(objective.weights(progress).values()) == pytest.approx(expected)
 
 
-SMALLER = {"hidden": 8, "layers": 2, "heads": 2, "ffn": 12}
+SMALLER = {"method": "subclone", "hidden": 8, "layers": 2, "heads": 2, "ffn": 12}
 
 
 def source() -> PreTrainedModel:

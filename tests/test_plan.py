@@ -335,7 +335,9 @@ def test_a_plan_prints_as_a_table(tmp_path: Path) -> None:
 
 def test_an_open_plan_prints_what_will_be_ranked(tmp_path: Path) -> None:
     text = str(
-        AutoSubclone.plan(make("llama", tmp_path), hidden=12, layers=1, method_args={"rescale": False})
+        AutoSubclone.plan(
+            make("llama", tmp_path), hidden=12, layers=1, method="subclone", method_args={"rescale": False}
+        )
     )
     assert text.startswith("subclone(rescale=False): LlamaForCausalLM from ")
     assert "the 12 of 24 highest by magnitude" in text
@@ -391,7 +393,9 @@ def test_the_config_may_change_but_the_plan_does_not(tmp_path: Path) -> None:
 
 def test_a_settled_plan_says_by_what_it_ranked() -> None:
     source = families.model("mixtral")
-    made = AutoSubclone.plan(source, hidden=32, experts=3, calibration=families.tokens(4, 16))
+    made = AutoSubclone.plan(
+        source, method="subclone", hidden=32, experts=3, calibration=families.tokens(4, 16)
+    )
     by = {key.partition("@")[0]: axis_map.by for key, axis_map in made.maps.items() if axis_map.by}
     assert by == {
         "hidden": "activation",

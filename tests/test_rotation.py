@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_ws import AutoSubclone, Plan
 from hf_ws.axes import HIDDEN, parse
+from hf_ws.distill.states import Correspondence, state_losses, watched
 from hf_ws.errors import CalibrationError, UnsupportedArchitectureError
 from hf_ws.layouts import certify, generic, select
 from hf_ws.layouts.turn import turned, turning, with_mean, zero_mean_basis
@@ -78,6 +79,25 @@ def test_what_lies_in_a_subspace_is_kept_whole(family: str) -> None:
         source, hidden=32, heads=8, kv_heads=4, ffn=96, method="rotation", calibration=IDS
     )
     torch.testing.assert_close(families.logits(target), families.logits(small), rtol=2e-3, atol=2e-3)
+
+
+def test_the_states_of_a_turned_stream_are_compared_in_its_basis() -> None:
+    """Nothing is lost of a stream in a subspace: the start gives its source's states, in the plan's directions."""
+    source = _in_a_subspace("llama", families.model("llama", hidden_size=32, tie_word_embeddings=False))
+    target = AutoSubclone.from_pretrained(
+        source, hidden=32, heads=8, kv_heads=4, ffn=96, method="rotation", calibration=IDS
+    )
+    pairs = Correspondence.of(target, source, target.hf_ws_plan)
+    seen = []
+    for model, names in (
+        (target, [pair.student for pair in pairs.layers]),
+        (source, [pair.teacher for pair in pairs.layers]),
+    ):
+        with torch.no_grad(), watched(model, names, []) as states:
+            model(IDS)
+        seen.append(states)
+    losses = state_losses(["hidden_mse", "hidden_cosine"], pairs, *seen, None)
+    assert max(losses.values()) < 1e-5
 
 
 @pytest.mark.parametrize("centred", [False, True])

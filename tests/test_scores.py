@@ -116,7 +116,7 @@ def test_dead_neurons_are_the_first_to_go(family: str, score: str) -> None:
     silence(model, axis, dead)
     asked = {"moe_intermediate_size": size - len(dead)} if axis == MOE_FFN else {"ffn": size - len(dead)}
     target = AutoSubclone.from_pretrained(
-        model, **asked, calibration=IDS, method_args={"score": score, "rescale": False}
+        model, **asked, calibration=IDS, method="subclone", method_args={"score": score, "rescale": False}
     )
     for key, axis_map in target.hf_ws_plan.maps.items():
         if key.partition("@")[0] == axis:
@@ -137,7 +137,12 @@ def test_dead_kv_groups_are_the_first_to_go(score: str) -> None:
                 for projection in (block.self_attn.k_proj, block.self_attn.v_proj):
                     projection.weight[rows] = 0
     target = AutoSubclone.from_pretrained(
-        model, heads=4, kv_heads=2, calibration=IDS, method_args={"score": score, "rescale": False}
+        model,
+        heads=4,
+        kv_heads=2,
+        calibration=IDS,
+        method="subclone",
+        method_args={"score": score, "rescale": False},
     )
     for layer in range(4):
         assert target.hf_ws_plan.maps[f"kv_heads@{layer}"].index == (0, 2)
@@ -157,7 +162,9 @@ def test_experts_that_no_token_is_sent_to_are_the_first_to_go(family: str, score
             block.mlp.gate.weight[[1, 4]] = -1e-3 * block.mlp.gate.weight[[1, 4]]
             block.mlp.gate.weight[[0, 2, 3, 5]] *= 20
     found = calibrate(model, IDS, wants=("routes",))
-    target = AutoSubclone.plan(model, experts=4, calibration=IDS, method_args={"score": score})
+    target = AutoSubclone.plan(
+        model, experts=4, calibration=IDS, method="subclone", method_args={"score": score}
+    )
     for layer in range(4):
         sent = found.routes[layer]
         assert {*target.maps[f"experts@{layer}"].index} == {
@@ -180,11 +187,13 @@ def test_random_comes_from_the_seed() -> None:
     model = families.model("llama")
     made = {
         seed: AutoSubclone.from_pretrained(
-            model, hidden=32, method_args={"score": "random"}, seed=seed
+            model, hidden=32, method="subclone", method_args={"score": "random"}, seed=seed
         ).hf_ws_plan
         for seed in (0, 1)
     }
-    again = AutoSubclone.from_pretrained(model, hidden=32, method_args={"score": "random"}).hf_ws_plan
+    again = AutoSubclone.from_pretrained(
+        model, hidden=32, method="subclone", method_args={"score": "random"}
+    ).hf_ws_plan
     assert made[0] == again
     assert index_of(made[0], HIDDEN) != index_of(made[1], HIDDEN)
     assert index_of(made[0], "ffn@0") != index_of(made[0], "ffn@1")
@@ -200,7 +209,7 @@ def test_random_scores_are_uniform() -> None:
 @pytest.mark.parametrize(("keep", "step"), [(32, 2), (16, 4), (8, 8)])
 def test_uniform_keeps_every_nth(keep: int, step: int) -> None:
     made = AutoSubclone.from_pretrained(
-        families.model("llama"), hidden=keep, method_args={"score": "uniform"}
+        families.model("llama"), hidden=keep, method="subclone", method_args={"score": "uniform"}
     )
     assert index_of(made.hf_ws_plan, HIDDEN) == tuple(range(0, 64, step))
 
@@ -221,7 +230,9 @@ def loudest_last(known: Known, axis: str, layer: int | str | None) -> Tensor:
 
 def test_any_callable_is_a_score_and_the_saved_plan_holds_indices_only(tmp_path: Any) -> None:
     model = families.model("llama")
-    made = AutoSubclone.from_pretrained(model, hidden=32, method_args={"score": loudest_last})
+    made = AutoSubclone.from_pretrained(
+        model, hidden=32, method="subclone", method_args={"score": loudest_last}
+    )
     plan = made.hf_ws_plan
     assert index_of(plan, HIDDEN) == tuple(range(32, 64))
     assert "32 to 63 (highest by loudest_last)" in str(plan)
@@ -231,7 +242,7 @@ def test_any_callable_is_a_score_and_the_saved_plan_holds_indices_only(tmp_path:
     assert all(
         torch.equal(a, b) for a, b in zip(again.apply(model).parameters(), made.parameters(), strict=True)
     )
-    still_open = AutoSubclone.plan(model, hidden=32, method_args={"score": loudest_last})
+    still_open = AutoSubclone.plan(model, hidden=32, method="subclone", method_args={"score": loudest_last})
     with pytest.raises(
         PlanError, match="still to be ranked by loudest_last, a function, which cannot be saved"
     ):
@@ -247,7 +258,7 @@ def test_a_callable_gets_the_evidence_that_it_wants() -> None:
 
     quiet.wants = ("rms",)
     model = families.model("llama")
-    plan = AutoSubclone.plan(model, ffn=64, calibration=IDS, method_args={"score": quiet})
+    plan = AutoSubclone.plan(model, ffn=64, calibration=IDS, method="subclone", method_args={"score": quiet})
     expected = calibrate(model, IDS, wants=("rms",)).statistic("rms", FFN, 2).argsort(stable=True)[:64]
     assert index_of(plan, "ffn@2") == tuple(sorted(expected.tolist()))
     assert "rms" in seen[0].wants
@@ -260,14 +271,16 @@ def test_a_callable_that_gives_something_else_is_refused(given: Any, came: str) 
     )
     with pytest.raises(PlanError, match=message):
         AutoSubclone.from_pretrained(
-            families.model("llama"), hidden=32, method_args={"score": lambda *_: given}
+            families.model("llama"), hidden=32, method="subclone", method_args={"score": lambda *_: given}
         )
 
 
 @pytest.mark.parametrize("score", [name for name in SCORES if wants_of(name)])
 def test_a_score_that_looks_at_data_needs_some(score: str) -> None:
     with pytest.raises(CalibrationError, match=f"scores by {score} need calibration data; pass calibration="):
-        AutoSubclone.from_pretrained(families.model("llama"), hidden=32, method_args={"score": score})
+        AutoSubclone.from_pretrained(
+            families.model("llama"), hidden=32, method="subclone", method_args={"score": score}
+        )
 
 
 def test_which_scores_need_no_data_is_said_once() -> None:

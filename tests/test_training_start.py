@@ -62,8 +62,7 @@ def test_the_start_is_what_autosubclone_makes_of_the_training_blocks(source, cal
     assert same(job.model.state_dict(), expected.state_dict())
     assert job.plan.maps == expected.hf_ws_plan.maps
     assert all(parameter.dtype == torch.float32 for parameter in job.model.parameters())
-    score = "activation" if calibration else "magnitude"
-    assert job.plan.maps["hidden"].by == score
+    assert job.plan.method == ("rotation" if calibration else "weight_selection")
 
 
 def test_the_start_may_be_searched_for_by_its_parameters(source) -> None:
@@ -210,10 +209,11 @@ def test_a_start_and_a_model_exclude_each_other(source) -> None:
 def test_blocks_in_a_settings_file_are_checked_key_by_key(tmp_path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(
-        "steps: 1\nsubclone:\n  source: gpt2\n  method_args: {rescale: false}\nlora: {r: 4, alpha: 8}\n"
+        "steps: 1\nsubclone:\n  source: gpt2\n  method: subclone\n  method_args: {rescale: false}\n"
+        "lora: {r: 4, alpha: 8}\n"
     )
     config = TrainConfig(**load_config_file(file))
-    assert config.subclone == Subclone(source="gpt2", method_args={"rescale": False})
+    assert config.subclone == Subclone(source="gpt2", method="subclone", method_args={"rescale": False})
     assert config.lora == Lora(r=4, alpha=8.0)
     for text, message in (
         (

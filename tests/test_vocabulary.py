@@ -182,7 +182,7 @@ def test_with_another_width_too() -> None:
     chosen = choose_vocabulary(words, TEXTS, 400, config=source.config)
     narrow = AutoSubclone.from_pretrained(source, hidden=32, layers=2)
     both = AutoSubclone.from_pretrained(
-        source, hidden=32, layers=2, vocab=chosen, method_args={"score": "magnitude"}
+        source, hidden=32, layers=2, vocab=chosen, method="subclone", method_args={"score": "magnitude"}
     )
     assert both.config.vocab_size == 400
     assert both.get_input_embeddings().weight.shape == (400, 32)

@@ -60,9 +60,13 @@ class Flags:
         ),
     ] = None
     method: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="How to choose: rotation, subclone, weight_selection or random."),
-    ] = "subclone"
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How to choose: rotation, subclone, weight_selection or random. By default rotation with "
+            "--calibration (subclone if the head is tied), weight_selection without.",
+        ),
+    ] = None
     method_arg: Annotated[
         list[str] | None,
         typer.Option(

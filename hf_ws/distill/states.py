@@ -20,7 +20,8 @@ from hf_ws.distill.hidden_cosine import hidden_cosine
 from hf_ws.distill.hidden_mse import hidden_mse
 from hf_ws.errors import DistillationError
 from hf_ws.layouts import certify
-from hf_ws.plan import Gather, Plan
+from hf_ws.maps import Dense, Gather
+from hf_ws.plan import Plan
 from hf_ws.sizes import near, sizes_of
 
 STATE_LOSSES: Mapping[str, Callable[..., Tensor]] = {
@@ -39,7 +40,15 @@ class Pair:
     """A module's name."""
     teacher: str
     channels: Tensor | None = None
-    """Which of the teacher's channels the student's come from; None for all."""
+    """Which of the teacher's channels the student's come from, [student channels]; or of which sums of them, [student
+    channels, teacher channels]; None for all."""
+
+    def seen(self, states: Tensor) -> Tensor:
+        """The teacher's states [..., teacher channels] in the student's channels."""
+        if self.channels is None:
+            return states
+        channels = self.channels.to(states.device)
+        return states[..., channels] if channels.ndim == 1 else states @ channels.to(states.dtype).mT
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,8 @@ def _unlike(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan | Non
 
 def _channels(plan: Plan | None, hidden: str | None) -> Tensor | None:
     kept = plan.axis_map(hidden) if plan and hidden else None
+    if isinstance(kept, Dense):
+        return torch.from_numpy(kept.write)
     return torch.tensor(kept.index) if isinstance(kept, Gather) and len(kept) != kept.size else None
 
 
@@ -165,9 +176,7 @@ def state_losses(
         means = []
         for pair in pairs.attention if name == "attention_relation" else pairs.layers:
             ours = student[pair.student]
-            theirs = teacher[pair.teacher].detach().to(ours.device)
-            if pair.channels is not None:
-                theirs = theirs[..., pair.channels.to(theirs.device)]
+            theirs = pair.seen(teacher[pair.teacher].detach().to(ours.device))
             chosen = decoded if decoded is not None and "decoder" in pair.student.split(".") else counted
             if chosen is None or chosen.shape != ours.shape[:2]:
                 chosen = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)

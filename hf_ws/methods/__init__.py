@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hf_ws.methods.default import default_method
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
 from hf_ws.methods.rotation import rotation
@@ -30,4 +31,13 @@ METHODS: dict[str, Method] = {
     "weight_selection": weight_selection,
 }
 
-__all__ = ["METHODS", "Method", "Request", "random", "rotation", "subclone", "weight_selection"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Request",
+    "default_method",
+    "random",
+    "rotation",
+    "subclone",
+    "weight_selection",
+]

@@ -32,7 +32,7 @@ class Subclone:
     params: str | int | None = None
     ratio: float | None = None
     set: dict[str, Any] = field(default_factory=dict)
-    method: str = "subclone"
+    method: str | None = None
     method_args: dict[str, Any] = field(default_factory=dict)
     layer_policy: str | list[int] | None = None
     calibration: int = 64

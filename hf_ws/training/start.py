@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from hf_ws import store
 from hf_ws.auto import AutoSubclone
 from hf_ws.errors import PlanError
 from hf_ws.hub import PLAN_FILE
+from hf_ws.methods import default_method
 from hf_ws.plan import Plan
 from hf_ws.training.blocks import Subclone
 
@@ -64,6 +65,8 @@ class Start:
                 )
             found = mapping[type(config)]
             name = str((found[0] if isinstance(found, tuple) else found).__name__)
+        if asked.method is None and not asked.method_args:
+            asked = replace(asked, method=default_method(config, asked.calibration > 0))
         plan = AutoSubclone.plan(asked.source, **cls._arguments(asked, name))
         return cls(asked, name, type(config).from_dict(dict(plan.target_config)), plan)
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ws import AutoSubclone
-from hf_ws.compare import compare
+from hf_ws.compare import Comparison, compare
 from hf_ws.errors import HfWsError
 from hf_ws.hub import save, source_folder
-from hf_ws.store import check_output
+from hf_ws.methods import default_method
+from hf_ws.store import check_output, load_config
 from hf_ws.training.data import load_text, pack, split_held_out
 
 SOURCE = Path(__file__).parent / "source"
@@ -42,8 +43,8 @@ def main() -> None:
 
     print("1. The plan: half the hidden size, three quarters of the layers. Only config.json is read.\n")
     sizes = student_sizes(args.source)
-    by_activation = {"score": "activation"}
-    print(AutoSubclone.plan(args.source, method_args=by_activation, **sizes), "\n")
+    method = default_method(load_config(args.source), calibrated=True)
+    print(AutoSubclone.plan(args.source, method=method, **sizes), "\n")
 
     print("2. The text: Python's standard library, in blocks of 256 tokens.\n")
     tokenizer = AutoTokenizer.from_pretrained(args.source)
@@ -52,16 +53,16 @@ def main() -> None:
     eval_blocks = pack(held_out, tokenizer, 256)
     print(f"   {blocks.tokens:,} tokens to train on, {eval_blocks.tokens:,} held out\n")
 
-    print("3. The start: the most active channels, neurons and heads, as a stock checkpoint.\n")
+    print(f"3. The start: {method}, which looks at the source on some of the text, as a stock checkpoint.\n")
     student = AutoSubclone.from_pretrained(args.source, calibration=blocks.dataset[:64]["input_ids"], **sizes)
     save(student, output / "start", source_folder=source_folder(args.source))
     print(f"   {output / 'start'}: AutoModelForCausalLM.from_pretrained loads it as it loads any model\n")
 
-    print("4. Training, distilled from the source: a random start, then the subcloned one.\n")
+    print("4. Training, distilled from the source: a random start, then this one.\n")
     result = compare(
         args.source,
         sizes=sizes,
-        methods=["random", "subclone"],
+        methods=["random", method],
         data=blocks,
         held_out=eval_blocks,
         tokenizer=tokenizer,
@@ -77,17 +78,22 @@ def main() -> None:
         save_models=True,
     )
 
+    tell(result, method, output)
+
+
+def tell(result: Comparison, method: str, output: Path) -> None:
+    """Step 5: the numbers, where the picture is, and what the student writes."""
     print(f"\n5. The result.\n\n{result}\n")
-    factor = result.speed_up("subclone")
+    factor = result.speed_up(method)
     if factor is None:
-        print("The subcloned start did not reach the random start's final loss.")
+        print(f"The start by {method} did not reach the random start's final loss.")
     elif math.isinf(factor):
-        print("The subcloned start is below the random start's final loss before any training.")
+        print(f"The start by {method} is below the random start's final loss before any training.")
     else:
         print(
-            f"The subcloned start needs {factor:.1f} times fewer tokens than the random start to reach its loss."
+            f"The start by {method} needs {factor:.1f} times fewer tokens than the random start to reach its loss."
         )
-    trained = result.of("subclone")[0].model_folder
+    trained = result.of(method)[0].model_folder
     print(
         f"Picture: {output / 'compare' / 'compare.png'}\nTrained student: {trained}\n\nIt continues `def `:\n"
     )
