@@ -20,7 +20,9 @@ OUT = {"gpt2": "c_proj", "opt": "fc2", "llama": "down_proj", "qwen3": "down_proj
 
 
 def shrunk(source: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    return AutoSubclone.from_pretrained(source, ffn=FFN - 24, calibration=IDS, dtype="float64", **options)
+    return AutoSubclone.from_pretrained(
+        source, ffn=FFN - 24, method="subclone", calibration=IDS, dtype="float64", **options
+    )
 
 
 def distance(one: PreTrainedModel, other: PreTrainedModel) -> float:

@@ -78,7 +78,9 @@ def test_card_of_a_random_start_claims_no_parent(source: Path) -> None:
 
 def test_card_says_what_a_reader_must_know(plan: Plan, source: Path) -> None:
     text = model_card(
-        AutoSubclone.plan(source, hidden=12, vocab=50), name="student", command="hf-ws subclone a b"
+        AutoSubclone.plan(source, hidden=12, vocab=50, method="subclone"),
+        name="student",
+        command="hf-ws subclone a b",
     ).text
     for part in (
         "# student",

@@ -35,11 +35,11 @@ APART = ["llama", "mistral", "qwen2", "gemma2", "starcoder2", "cohere", "granite
 
 
 def made(source: PreTrainedModel, **asked: object) -> PreTrainedModel:
-    return AutoSubclone.from_pretrained(source, **asked)
+    return AutoSubclone.from_pretrained(source, **{"method": "subclone", **asked})
 
 
 def merged(source: PreTrainedModel, how: str = "mean", **asked: object) -> PreTrainedModel:
-    return made(source, method="subclone", method_args={"kv_merge": how}, **asked)
+    return made(source, method_args={"kv_merge": how}, **asked)
 
 
 def difference(one: PreTrainedModel, other: PreTrainedModel) -> float:

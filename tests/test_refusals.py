@@ -201,8 +201,11 @@ def test_sizes_that_no_model_has(saved: Path, axis: str, size: Any) -> None:
         ),
         ({"kv_heads": 3}, r"heads=4 is no multiple of kv_heads=3; nearest legal: kv_heads=2 or 4"),
         ({"head_dim": 3}, r"head_dim=3 is odd"),
-        ({"hidden": 48}, r"subclone cannot grow hidden from 24 to 48, heads from 4 to 8"),
-        ({"vocab": 62}, r"subclone cannot grow vocab from 61 to 62; ask for at most the source's size"),
+        ({"hidden": 48}, r"weight_selection cannot grow hidden from 24 to 48, heads from 4 to 8"),
+        (
+            {"vocab": 62},
+            r"weight_selection cannot grow vocab from 61 to 62; ask for at most the source's size",
+        ),
         ({"max_position_embeddings": 0}, r"positions=0"),
         ({"layers": 3}, r"layers=3 is more than the source's 2, and this method cannot grow"),
         ({"heads": 4, "kv_heads": 1}, r"4 query heads over 1 kv heads are 4 to a group, the source has 2"),
@@ -237,9 +240,12 @@ def test_sizes_that_this_source_cannot_give(saved: Path, ask: dict[str, Any], me
         ),
         ({"method": 3}, r"method 3 is unknown"),
         ({"method": {}}, r"method \{\} is unknown"),
-        ({"method_args": {"rescal": False}}, r"method subclone: .*'rescal'; its options are: rescale, score"),
         (
-            {"method_args": {"score": "tayler"}},
+            {"method": "subclone", "method_args": {"rescal": False}},
+            r"method subclone: .*'rescal'; its options are: rescale, score",
+        ),
+        (
+            {"method": "subclone", "method_args": {"score": "tayler"}},
             r"score 'tayler' is unknown; known are activation, l2_activation",
         ),
         ({"layer_policy": "firts", "layers": 1}, r"layer_policy 'firts' is unknown; .*did you mean 'first'"),

@@ -239,7 +239,7 @@ def test_an_unknown_statistic_and_one_not_collected_are_refused(llama: PreTraine
     with pytest.raises(
         CalibrationError, match="this evidence holds mean_abs, not rms; collect it with calibrate"
     ):
-        calibrate(llama, IDS).statistic("rms", "ffn", 0)
+        calibrate(llama, IDS, wants=("mean_abs",)).statistic("rms", "ffn", 0)
     assert calibrate(llama, IDS, wants=("rms",)).statistic("rms", "ffn", 99) is None
     with pytest.raises(CalibrationError, match="BertForMaskedLM gives no loss without labels"):
         calibrate(families.model("bert"), IDS, wants=("taylor",))
@@ -329,7 +329,7 @@ def test_a_killed_calibration_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
 def test_a_cache_of_something_else_is_refused(
     what: str, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrate(llama, IDS, cache=tmp_path / "sums")
+    calibrate(llama, IDS, wants=("mean_abs",), cache=tmp_path / "sums")
     model, ids, wants = llama, IDS, ("mean_abs",)
     if what == "model":
         model = families.model("llama").double()
