@@ -101,8 +101,7 @@ class AutoSubclone:
                 `hf_ws.search`) and kept in the plan; sizes that are given hold for every shape.
             ratio: The same as a part of the source's parameters, above 0, up to 1.
             method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`. If None, the best
-                that was measured: with `calibration`, "rotation" ("subclone" if the head is tied); without,
-                "weight_selection".
+                that was measured: "rotation" with `calibration`, unless the head is tied; else "subclone".
             method_args: The method's own options, such as `{"rescale": False}`.
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
                 of source layers to keep; the method's own policy if None.
@@ -236,11 +235,6 @@ def _settled_plan(opened: store.Source, name: str, ask: Ask) -> Plan:
     One pass over the data collects what policy and method want.
     """
     where = (opened.config, opened.model_class, name, opened.revision)
-    if ask.method is None and ask.calibration is None:
-        logger.warning(
-            "no calibration data: weights are selected evenly. A start that has seen the source at work is better; "
-            "pass calibration= with some text"
-        )
     ask = ask.decided(opened.config)
     if ask.goal is None or ask.calibration is None:
         observed = _observed(opened, ask)

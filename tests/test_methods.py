@@ -896,7 +896,7 @@ def test_token_ids_asked_for_hold_in_generation_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "calibration", "method"),
-    [("llama", IDS, "rotation"), ("gpt2", IDS, "subclone"), ("llama", None, "weight_selection")],
+    [("llama", IDS, "rotation"), ("gpt2", IDS, "subclone"), ("llama", None, "subclone")],
 )
 def test_the_method_by_default(family: str, calibration: Any, method: str) -> None:
     """GPT-2's head is the embedding: rotation would untie it."""
@@ -907,18 +907,6 @@ def test_the_method_by_default(family: str, calibration: Any, method: str) -> No
     named = AutoSubclone.from_pretrained(source, hidden=32, calibration=calibration, method=method)
     for name, value in arrays(target).items():
         np.testing.assert_array_equal(value, arrays(named)[name])
-
-
-def test_without_method_and_calibration_it_says_what_would_be_better(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    source = families.model("llama")
-    AutoSubclone.from_pretrained(source, hidden=32)
-    assert "weights are selected evenly" in caplog.text
-    caplog.clear()
-    AutoSubclone.from_pretrained(source, hidden=32, calibration=IDS)
-    AutoSubclone.from_pretrained(source, hidden=32, method="weight_selection")
-    assert caplog.text == ""
 
 
 def test_options_of_no_method_are_refused() -> None:

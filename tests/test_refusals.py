@@ -201,10 +201,10 @@ def test_sizes_that_no_model_has(saved: Path, axis: str, size: Any) -> None:
         ),
         ({"kv_heads": 3}, r"heads=4 is no multiple of kv_heads=3; nearest legal: kv_heads=2 or 4"),
         ({"head_dim": 3}, r"head_dim=3 is odd"),
-        ({"hidden": 48}, r"weight_selection cannot grow hidden from 24 to 48, heads from 4 to 8"),
+        ({"hidden": 48}, r"subclone cannot grow hidden from 24 to 48, heads from 4 to 8"),
         (
             {"vocab": 62},
-            r"weight_selection cannot grow vocab from 61 to 62; ask for at most the source's size",
+            r"subclone cannot grow vocab from 61 to 62; ask for at most the source's size",
         ),
         ({"max_position_embeddings": 0}, r"positions=0"),
         ({"layers": 3}, r"layers=3 is more than the source's 2, and this method cannot grow"),

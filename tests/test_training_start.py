@@ -62,7 +62,7 @@ def test_the_start_is_what_autosubclone_makes_of_the_training_blocks(source, cal
     assert same(job.model.state_dict(), expected.state_dict())
     assert job.plan.maps == expected.hf_ws_plan.maps
     assert all(parameter.dtype == torch.float32 for parameter in job.model.parameters())
-    assert job.plan.method == ("rotation" if calibration else "weight_selection")
+    assert job.plan.method == ("rotation" if calibration else "subclone")
 
 
 def test_the_start_may_be_searched_for_by_its_parameters(source) -> None:

@@ -64,7 +64,7 @@ class Flags:
         typer.Option(
             metavar="NAME",
             help="How to choose: rotation, subclone, weight_selection or random. By default rotation with "
-            "--calibration (subclone if the head is tied), weight_selection without.",
+            "--calibration unless the head is tied, else subclone.",
         ),
     ] = None
     method_arg: Annotated[

@@ -11,10 +11,8 @@ def default_method(config: PreTrainedConfig, calibrated: bool) -> str:
     """The best start measured in BENCHMARKS.md for a source with this config, with calibration data or without.
 
     `rotation` with data. It would untie a tied head, and so make a model of more parameters than sizes say: there
-    `subclone` is taken unless it is asked for. Without data `weight_selection`: importance that is read off weights
-    alone has been a worse guide than none.
+    `subclone` is taken unless it is asked for. Without data `subclone` too, by weight magnitude: before training
+    `weight_selection` is ahead of it, a hundred steps later far behind.
     """
-    if not calibrated:
-        return "weight_selection"
     tied = any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(config))
-    return "subclone" if tied else "rotation"
+    return "rotation" if calibrated and not tied else "subclone"
