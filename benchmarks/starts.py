@@ -2,6 +2,7 @@
 
     python benchmarks/starts.py --sources demo                   # the demo's source, at hand at once: some hours
     python benchmarks/starts.py --sources llama gpt2             # trains the sources first: many hours
+    python benchmarks/starts.py --sources llama-100m             # on a GPU
     python benchmarks/starts.py --sources llama-peps --peps FOLDER   # text of the PEPs: train.txt.xz and test.txt.xz
     python benchmarks/starts.py --status                         # what is done, and what is left
     python benchmarks/starts.py --table                          # results and plots into benchmarks/results/starts
@@ -12,7 +13,8 @@ cache (or committed), and a run or a source's training that is killed goes on fr
 run at the next step. `benchmarks/starting/arms.py` holds the starts, a line each; `STAGES` in `units.py` the order.
 
 Sources are trained here (`starting/sources.py`): `llama` (16 M, grouped key/value heads, head not tied) and `gpt2`
-(LayerNorm, tied, learned positions) on Python's standard library, `llama-peps` on English. All students of a source see
+(LayerNorm, tied, learned positions) on Python's standard library, `llama-peps` on English, `llama-100m` on the
+Python sources installed where it runs. All students of a source see
 the same batches under the same schedule, bf16, 4,096 tokens a step; the peak rate of each is the best of a grid on
 100 steps, and the grid goes on while its best is at an edge. Losses are over 128 held-out blocks, which choose the rate
 too; so a second held-out part is kept, measured with every run and shown by `--final` alone. A seed is another order of

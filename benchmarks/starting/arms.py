@@ -46,12 +46,19 @@ ARMS: dict[str, Arm] = {
     "subclone": _subclone(group=MAIN),
     "rotation": _rotated(group=MAIN),
     "rotation, block influence": _rotated("block_influence", group=MAIN),
+    "rotation, drifted, output": _rotated(
+        group=MAIN, compensation=["least_squares", "least_squares_drifted", "output"]
+    ),
+    "rotation, drifted": _rotated(compensation=["least_squares", "least_squares_drifted"]),
     "rotation, no least squares": _rotated(compensation=[]),
     "rotation, first layers": _rotated("first"),
     "subclone, no gains": _subclone(rescale=False),
     "subclone, first layers": _subclone("first"),
     "subclone, block influence": _subclone("block_influence"),
     "subclone, least squares": Arm({"method": "subclone", "compensation": ["least_squares"]}, True),
+    "subclone, both least squares": Arm(
+        {"method": "subclone", "compensation": ["least_squares", "least_squares_hidden"]}, True
+    ),
     "subclone, split heads": Arm({"method": "subclone"}, True, every_head=True),
     "subclone, magnitude": Arm({"method": "subclone"}),
     "subclone, L2": _subclone(score="l2_activation"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.starting.arms import ARMS, CLAIMS, MAIN
-from benchmarks.starting.units import CHOOSING, LONG, PER_STEP, SEARCH, SHORT
+from benchmarks.starting.units import CHOOSING, ENOUGH, LONG, PER_STEP, SEARCH, SHORT
 from hf_ws.compare.report import tokens_to
 
 BASELINE, PUBLISHED = "random", "subclone"
@@ -58,7 +58,7 @@ class Report:
         """Held-out loss before training, the median over every run of the arm."""
         starts = {
             seed: one["curve"][0][1]
-            for steps in (0, SHORT, LONG)
+            for steps in (0, SHORT, LONG, ENOUGH)
             for seed, one in self.runs(arm, steps, target).items()
         }
         return statistics.median(starts.values()) if starts else None
@@ -116,7 +116,7 @@ def tables(report: Report) -> str:
     size = f"{told['parameters']:,} parameters ({told['without_embeddings']:,} without embeddings)"
     loss = f"held-out loss {told['loss']:.3f} nats per token, {told['bits_per_byte']:.3f} bits per byte"
     parts = [f"### From `{told['name']}`\n\n{size}, {_trained(told)}{loss}."]
-    for steps in (SHORT, LONG):
+    for steps in (SHORT, LONG, ENOUGH):
         targets = dict.fromkeys(target for target, _, count in report._runs if count == steps)
         parts += [_training_table(report, steps, target) for target in targets]
     parts += [part for part in (_start_table(report), _claims_table(report), _aims(report)) if part]
@@ -210,7 +210,16 @@ def _aims(report: Report) -> str:
         [f"tokens to {PUBLISHED}'s loss at 0.8 M", "1/8 of them", _share(half_way, HALF_WAY)],
         [f"tokens to {PUBLISHED}'s end", "less than 1/2 of them", _share(to_published, total)],
     ]
-    for steps in (SHORT, LONG):
+    if report.runs(best, ENOUGH):
+        found = report.tokens_to_end_of(BASELINE, best, ENOUGH)
+        aims.append(
+            [
+                f"tokens to the random start's end, {ENOUGH} steps",
+                "less than 1/8 of them",
+                _share(found, ENOUGH * PER_STEP),
+            ]
+        )
+    for steps in (SHORT, LONG, ENOUGH):
         if report.runs(best, steps):
             aims.append(
                 [
@@ -239,7 +248,7 @@ def _ahead(report: Report, best: str, published: Sequence[str], steps: int) -> s
 def final_table(report: Report) -> str:
     """The second held-out part, on which nothing was chosen: report it once."""
     rows = []
-    for steps in (SHORT, LONG):
+    for steps in (SHORT, LONG, ENOUGH):
         for arm in report.arms(steps):
             runs = list(report.runs(arm, steps).values())
             firsts, ends = ([one["final"].get(when, math.inf) for one in runs] for when in ("start", "end"))
@@ -285,7 +294,7 @@ def draw(report: Report, folder: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    panels = [steps for steps in (SHORT, LONG) if report.arms(steps)]
+    panels = [steps for steps in (SHORT, LONG, ENOUGH) if report.arms(steps)]
     figure = Figure(figsize=(2 + 5.5 * (len(panels) + 1), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]

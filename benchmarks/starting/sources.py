@@ -11,6 +11,7 @@ import json
 import lzma
 import math
 import re
+import sysconfig
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,11 +34,14 @@ from transformers import (
 )
 
 from hf_ws.training import TrainConfig, train
-from hf_ws.training.data import Document, load_text, pack, split_held_out
+from hf_ws.training.data import Document, load_text, pack, split_held_out, text_files
 from hf_ws.training.run_folder import write_json
 
 BLOCK, BATCH = 256, 16  # tokens in a sequence, sequences in a step
 VOCAB = 4096
+LEARNT = 2**25  # characters that a tokenizer is trained on, about
+LARGEST = 160_000_000  # characters of a corpus, about
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEASURED = 128  # held-out blocks of each split that a loss is taken over
 PARTS = ("train", "validation", "final")
 END = "<|endoftext|>"
@@ -50,6 +54,10 @@ LLAMA: dict[str, Any] = {
 GPT2: dict[str, Any] = {
     "n_embd": 384, "n_inner": 1536, "n_layer": 8, "n_head": 6, "n_positions": BLOCK, "tie_word_embeddings": True,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+LLAMA_100M: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": BLOCK, "tie_word_embeddings": False,
 }  # fmt: skip
 WIDE_LLAMA = {
     # of the parameters that are no embeddings: about 1/2 and 1/4 by width, by depth, by both; and the prototype's
@@ -77,12 +85,14 @@ WIDE_GPT2 = {
 class Recipe:
     """How a source is made, and the sizes it is brought to. Without `config` it lies in `folder` already."""
 
-    corpus: str  # stdlib or peps
+    corpus: str  # stdlib, installed or peps
     targets: dict[str, dict[str, int]]
     config: Any = None  # from keyword arguments to a config
     model_class: type[PreTrainedModel] | None = None
     tokens: int = 0
     peak: float = 3e-3  # learning rate
+    batch: int = BATCH
+    vocab: int | None = None  # VOCAB
     folder: Path | None = None
 
 
@@ -90,6 +100,16 @@ RECIPES = {
     "llama": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
     "gpt2": Recipe("stdlib", WIDE_GPT2, partial(GPT2Config, **GPT2), GPT2LMHeadModel, 12_000_000, 2e-3),
     "llama-peps": Recipe("peps", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
+    "llama-100m": Recipe(
+        "installed",
+        {"both-40": {"hidden": 512, "layers": 8, "heads": 9, "kv_heads": 3, "ffn": 1408}},
+        partial(LlamaConfig, **LLAMA_100M),
+        LlamaForCausalLM,
+        60_000_000,
+        1e-3,
+        batch=128,
+        vocab=16_384,
+    ),
     "demo": Recipe(
         "stdlib",
         {"both-40": {"hidden": 192, "layers": 6, "heads": 2, "kv_heads": 1, "ffn": 320}},
@@ -125,6 +145,10 @@ def documents(corpus: str, peps: Path | None) -> dict[str, list[Document]]:
     """
     if corpus == "stdlib":
         trained, held_out = split_held_out(load_text("stdlib"))
+    elif corpus == "installed":
+        found = [*load_text("stdlib"), *text_files([sysconfig.get_paths()["purelib"]], suffixes=[".py"])]
+        alone = list({one.text: one for one in found}.values())
+        trained, held_out = split_held_out(alone[:: 1 + sum(len(one.text) for one in alone) // LARGEST])
     elif peps is None:
         raise SystemExit(
             "this source is trained on the text of the PEPs; give --peps FOLDER (train and test .txt.xz)"
@@ -146,11 +170,18 @@ def _peps(file: Path) -> list[Document]:
     return [Document(name, body) for name, body in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every text has an encoding, and decoding gives it back."""
+def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: every text has an encoding, and decoding gives it back.
+
+    Of a large corpus it sees every so manieth text.
+    """
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        texts, vocab_size=VOCAB, min_frequency=2, special_tokens=[END], show_progress=False
+        texts[:: 1 + sum(map(len, texts)) // LEARNT],
+        vocab_size=vocab,
+        min_frequency=2,
+        special_tokens=[END],
+        show_progress=False,
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
 
@@ -161,7 +192,7 @@ def _packed(place: Path, recipe: Recipe, peps: Path | None) -> tuple[dict[str, T
     if not file.is_file():
         texts = documents(recipe.corpus, peps)
         if recipe.folder is None:
-            tokenizer = train_tokenizer([one.text for one in texts["train"]])
+            tokenizer = train_tokenizer([one.text for one in texts["train"]], recipe.vocab or VOCAB)
             tokenizer.save_pretrained(place / "tokenizer")
         else:
             tokenizer = AutoTokenizer.from_pretrained(recipe.folder)
@@ -188,8 +219,11 @@ def loss_of(model: PreTrainedModel, blocks: Tensor) -> float:
     """Mean loss over the measured blocks in nats per token, products in bf16, as in training."""
     model.eval()
     rows = measured(blocks)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in rows.split(BATCH)]
+    with torch.autocast(model.device.type, torch.bfloat16):
+        losses = [
+            model(input_ids=ids, labels=ids).loss.item() * len(ids)
+            for ids in rows.to(model.device).split(BATCH)
+        ]
     return sum(losses) / len(rows)
 
 
@@ -228,11 +262,11 @@ def _train(recipe: Recipe, place: Path, blocks: dict[str, Tensor]) -> float:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    steps = recipe.tokens // (BLOCK * BATCH)
+    steps = recipe.tokens // (BLOCK * recipe.batch)
     config = TrainConfig(
-        output=str(place / "run"), resume=True, tokens=recipe.tokens, batch_size=BATCH, precision="bf16",
+        output=str(place / "run"), resume=True, tokens=recipe.tokens, batch_size=recipe.batch, precision="bf16",
         learning_rate=recipe.peak, min_lr_ratio=0.02, warmup_steps=100, eval_every=max(1, steps // 20),
-        save_every=50, log_every=25, progress=False,
+        save_every=max(50, steps // 50), log_every=25, progress=False,
     )  # fmt: skip
     history = train(
         config,
@@ -244,10 +278,15 @@ def _train(recipe: Recipe, place: Path, blocks: dict[str, Tensor]) -> float:
     return history.seconds
 
 
+def machine() -> str:
+    """What the numbers were made on."""
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+
+
 def _tell(
     name: str, folder: Path, blocks: dict[str, Tensor], bytes_per_token: float, seconds: float | None
 ) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     embedded = {
         id(p)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -265,6 +304,7 @@ def _tell(
         "trained_tokens": recipe.tokens or None,
         "peak_learning_rate": recipe.peak if recipe.config else None,
         "seconds": seconds,
+        "machine": machine(),
         "tokens": {part: blocks[part].numel() for part in PARTS},
         "bytes_per_token": bytes_per_token,
         "loss": loss,

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.starting.arms import ARMS, MAIN, refusal, sizes_for
-from benchmarks.starting.sources import BATCH, BLOCK, Source, loss_of, measured
+from benchmarks.starting.sources import BATCH, BLOCK, DEVICE, Source, loss_of, machine, measured
 from hf_ws import AutoSubclone, __version__
 from hf_ws.errors import DivergenceError, ResumeError
 from hf_ws.training import TrainConfig, train
@@ -33,7 +33,12 @@ CHOOSING = "both-40"  # the target that learning rates are chosen on
 RATES = (1e-3, 2e-3, 4e-3)  # and beyond, by factors of 2, while the best is at an edge
 LEAST, MOST = 1.25e-4, 3.2e-2
 SEARCH, SHORT, LONG = 100, 400, 1500  # steps
-EVALUATED = (3, 6, 12, 25, 50, 75, 100, 150, 200, 250, 300, 350, 400, 500, 600, 800, 1000, 1250, 1500)
+ENOUGH = 11_250  # steps: 20 tokens a parameter of the demo's student
+EVALUATED = (
+    *(3, 6, 12, 25, 50, 75, 100, 150, 200, 250, 300, 350, 400, 500, 600, 800, 1000, 1250, 1500),
+    *range(2000, ENOUGH, 500),
+    ENOUGH,
+)
 CALIBRATION = 64  # sequences of BLOCK tokens
 
 
@@ -66,6 +71,7 @@ class Stage:
     seeds: tuple[int, ...]
     main: bool | None  # the arms of the main table, the others, or all
     elsewhere: bool = False  # on all targets but the one that rates are chosen on
+    only: str | None = None  # of this source
 
 
 STAGES = (
@@ -75,6 +81,7 @@ STAGES = (
     Stage("ablations, seed 0", SHORT, (0,), False),
     Stage("every start, not trained, other targets", 0, (0,), None, elsewhere=True),
     Stage("main arms, longer, seed 0", LONG, (0,), True),
+    Stage("main arms, 20 tokens a parameter, seed 0", ENOUGH, (0,), True, only="demo"),
     Stage("main arms, other targets, seed 0", SHORT, (0,), True, elsewhere=True),
     Stage("main arms, longer, seeds 1 and 2", LONG, (1, 2), True),
     Stage("ablations, seeds 1 and 2", SHORT, (1, 2), False),
@@ -124,6 +131,8 @@ class Bench:
     def units(self) -> Iterator[tuple[Stage, Unit]]:
         """Every unit in order, done or not; a run whose learning rate is not chosen yet has none."""
         for stage in STAGES:
+            if stage.only not in (None, self.source.name):
+                continue
             targets = [t for t in self.source.targets if (t != CHOOSING) == stage.elsewhere]
             for seed in stage.seeds:
                 for target in targets:
@@ -189,6 +198,7 @@ class Bench:
             calibration=blocks[drawn[:CALIBRATION]] if arm.calibrated else None,
             seed=unit.seed,
             dtype=torch.float32,
+            device=DEVICE,
         )
 
     def run(self, unit: Unit, scratch: Path) -> dict[str, Any]:
@@ -202,6 +212,7 @@ class Bench:
             "fingerprint": self.source.fingerprint,
             "date": time.strftime("%Y-%m-%d"),
             "version": __version__,
+            "machine": machine(),
             "parameters": model.num_parameters(),
             "layers": list(plan.layers["layers"]),
             "making": round(time.monotonic() - began, 1),
@@ -226,8 +237,8 @@ class Bench:
         at = [step for step in EVALUATED if step <= unit.steps] if unit.steps != SEARCH else [SEARCH]
         config = TrainConfig(
             steps=unit.steps, batch_size=BATCH, learning_rate=unit.rate, precision="bf16", seed=unit.seed,
-            warmup_steps=20, eval_every=0, eval_at=at, log_every=unit.steps, save_every=100, progress=False,
-            output=str(scratch / unit.key), resume=True, save_model=False,
+            warmup_steps=20, eval_every=0, eval_at=at, log_every=unit.steps, progress=False,
+            save_every=max(100, unit.steps // 10), output=str(scratch / unit.key), resume=True, save_model=False,
         )  # fmt: skip
         try:
             return self._curve(config, model)
