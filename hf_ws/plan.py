@@ -66,6 +66,9 @@ class Plan:
     maps: Mapping[str, AxisMap]
     gains: Mapping[str, float] = field(default_factory=dict)
     """What a parameter is multiplied by; of a norm that is folded, what it is, for every channel."""
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    """What the class adds to a norm's gain before it multiplies, where that is not nothing (Gemma), layer numbers
+    written `*`: a gain of ours multiplies the sum."""
     fresh: tuple[str, ...] = ()
     """Parameters that the model class initialises; `*` alone means all."""
     folds: Mapping[str, Fold] = field(default_factory=dict)

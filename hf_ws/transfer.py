@@ -264,7 +264,9 @@ class _Maker:
         if value is None and gain != 1.0:
             wide = made.to(torch.promote_types(made.dtype, self._dtype or made.dtype))
             own = made.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+            offset = plan.offsets.get(pattern, 0.0)
             made = wide.mul_(gain) if own else wide * gain
+            made = made.add_((gain - 1.0) * offset) if offset else made
         return made if value is None else value, weight
 
     def _weight(self, name: str, layer: int | str | None) -> Tensor:

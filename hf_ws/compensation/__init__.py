@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hf_ws.compensation.least_squares import least_squares
+from hf_ws.compensation.least_squares_hidden import least_squares_hidden
 from hf_ws.compensation.mean_bias import mean_bias
+from hf_ws.compensation.rms import rms
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate
 from hf_ws.plan import Plan
@@ -17,6 +19,11 @@ from hf_ws.store import Source
 
 Compensation = Callable[[Plan, Source, Certificate, Evidence], Plan]
 
-COMPENSATIONS: dict[str, Compensation] = {"least_squares": least_squares, "mean_bias": mean_bias}
+COMPENSATIONS: dict[str, Compensation] = {
+    "least_squares": least_squares,
+    "least_squares_hidden": least_squares_hidden,
+    "mean_bias": mean_bias,
+    "rms": rms,
+}
 
-__all__ = ["COMPENSATIONS", "Compensation", "least_squares", "mean_bias"]
+__all__ = ["COMPENSATIONS", "Compensation", *COMPENSATIONS]

@@ -33,6 +33,7 @@ from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
+from hf_ws.layouts.scaled import scaled
 from hf_ws.maps import AxisMap, Fold, Gather, called
 from hf_ws.methods.kv import copied
 from hf_ws.plan import Plan
@@ -271,9 +272,21 @@ class Request:
             return gains
         for name in self.certificate.tied:
             gain = gains.pop(name, 1.0)
-            if name == self.certificate.head and gain != 1.0:
+            if name == self.certificate.head and gain != 1.0 and not self.embedding_gains():
                 gains |= dict.fromkeys(self.certificate.head_norm, gain)
         return gains
+
+    def embedding_gains(self) -> dict[str, float]:
+        """What makes up for a class that multiplies embeddings by sqrt(hidden), which is less in the target (Gemma).
+
+        A tied head is multiplied along, which is just its gain of fan-in.
+        """
+        found = scaled(self.model_class, self.source_config, self.certificate)
+        return {
+            name: float(np.sqrt(self.before[axis] / self.after[axis]))
+            for name, axis in found.items()
+            if self.before[axis] != self.after[axis]
+        }
 
     def plan(
         self,
