@@ -19,7 +19,7 @@ from hf_ws.store import Source
 
 
 def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence) -> Plan:
-    """The gain of every norm of a stream that was selected from is multiplied by rms(kept) / rms(all) of its input.
+    """Every norm of a stream that was selected from has its gain multiplied by rms(kept) / rms(all) of its input.
 
     In D channels a norm gives g x / rms(x). The target's norm sees the kept channels x_K alone, and would give
     g_K x_K / rms(x_K): for channels that are louder than the rest, as those kept by importance are, too little. With
