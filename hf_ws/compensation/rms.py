@@ -19,11 +19,11 @@ from hf_ws.store import Source
 
 
 def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence) -> Plan:
-    """Every norm of a stream that was selected from has its gain multiplied by rms(kept) / rms(all) of its input.
+    """Multiply the gain of every norm of a stream that was selected from by that by which its kept channels are louder.
 
     In D channels a norm gives g x / rms(x). The target's norm sees the kept channels x_K alone, and would give
     g_K x_K / rms(x_K): for channels that are louder than the rest, as those kept by importance are, too little. With
-    one number for each norm, the root of E[mean of x_K^2] / E[mean of x^2] over the calibration data, it gives on
+    one number for each norm, rms(x_K) / rms(x) over the calibration data, it gives on
     average what it gave; where the dropped channels are silent, exactly. Of a norm that takes out the mean over
     channels, x is what is left then.
 
