@@ -23,6 +23,7 @@ from hf_ws import search, store
 from hf_ws.asked import Ask, dtype_of
 from hf_ws.axes import LAYERS, VOCAB, kind_of
 from hf_ws.compensation import COMPENSATIONS
+from hf_ws.compensation import wants_of as compensation_wants
 from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
 from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
@@ -296,8 +297,7 @@ def _observed(opened: store.Source, ask: Ask) -> Observation | None:
     wants = (*(policy_wants(ask.policy) or ()), *getattr(ask.chosen, "wants", ()))
     if (score := ask.method_args.get("score")) is not None:
         wants += score_wants(score)
-    if _compensation(ask, ask.chosen):
-        wants += ("moments",)
+    wants += compensation_wants(_compensation(ask, ask.chosen))
     return observe(opened, ask.calibration, wants, ask.device)
 
 
@@ -389,7 +389,7 @@ def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> 
             "no calibration data: ranked by weight magnitude. Importance by activation is the better start; "
             "pass calibration= with some text"
         )
-    return settle(plan, opened, evidence)
+    return settle(plan, opened, evidence, observed)
 
 
 def _compensation(ask: Ask, method: Method) -> tuple[str, ...]:

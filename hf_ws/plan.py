@@ -20,7 +20,20 @@ from safetensors.numpy import load_file, save_file
 from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.layouts.stacks import of_any_kind
-from hf_ws.maps import AxisMap, Blocks, Dense, Fold, Gather, Merge, Rank, Refit, Turn, from_json, to_json
+from hf_ws.maps import (
+    AxisMap,
+    Blocks,
+    Dense,
+    Fold,
+    Gather,
+    Given,
+    Merge,
+    Rank,
+    Refit,
+    Turn,
+    from_json,
+    to_json,
+)
 
 FORMAT = 3
 """Version of the saved form."""
@@ -75,12 +88,14 @@ class Plan:
     """The norms whose gains move into what reads them, by the gain."""
     refits: Mapping[str, Refit] = field(default_factory=dict)
     """The matrices whose reading side is fitted to what the target gives them to read, by target name."""
+    values: Mapping[str, Given] = field(default_factory=dict)
+    """The parameters that are fitted whole, by target name; what else is said of them does not count."""
     blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The source layers, by number, of which a target layer is the weighted sum where it is not one alone."""
     compensation: tuple[str, ...] = ()
     """What is to be done, when the data are read, against what the maps lose: names in `COMPENSATIONS`, in order."""
     compensated: tuple[str, ...] = ()
-    """What has been done; `refits` and `gains` are what came of it."""
+    """What has been done; `refits`, `gains` and `values` are what came of it."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """How the sizes were found where a goal was given: see `hf_ws.search.table.record`."""
 
@@ -111,6 +126,9 @@ class Plan:
         for name, refit in self.refits.items():
             if not self._is_parameter(name) or refit.read.ndim != 2 or not np.isfinite(refit.read).all():
                 yield f"refit of {name}, with a matrix {refit.read.shape}"
+        for name, given in self.values.items():
+            if not self._is_parameter(name) or not np.isfinite(given.value).all():
+                yield f"a value of {name} {given.value.shape}"
         yield from self._blend_problems()
         if unknown := [name for name in self.fresh if name != "*" and name not in self.layouts]:
             yield f"fresh {', '.join(unknown)}: no such parameter"
@@ -286,7 +304,7 @@ class Plan:
                 )
         path, arrays = Path(path), dict[str, np.ndarray]()
         values = {own.name: getattr(self, own.name) for own in fields(self)} | {"format": FORMAT}
-        for name in ("maps", "folds", "refits"):
+        for name in ("maps", "folds", "refits", "values"):
             values[name] = {key: to_json(f"{name}/{key}", m, arrays) for key, m in values[name].items()}
         try:
             if arrays:
@@ -306,7 +324,7 @@ class Plan:
                 raise PlanError(f"{path} is a plan of another format than {FORMAT}; make it again")
             beside = path.with_suffix(".safetensors")
             arrays = load_file(beside) if beside.is_file() else {}
-            for name in ("maps", "folds", "refits"):
+            for name in ("maps", "folds", "refits", "values"):
                 values[name] = {key: from_json(m, arrays) for key, m in values[name].items()}
             return cls(**_tuples(values))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_ws.axes import EXPERTS, HEADS, KV_HEADS, Dim, Layout, kind_of, parse, sibling, split_key
-from hf_ws.compensation import COMPENSATIONS
+from hf_ws.compensation import COMPENSATIONS, Running
+from hf_ws.compensation import wants_of as compensation_wants
 from hf_ws.errors import CalibrationError, CheckpointError, PlanError
-from hf_ws.evidence import Evidence
+from hf_ws.evidence import Evidence, Observation
 from hf_ws.layouts import Certificate, before, certify, generic, select, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
 from hf_ws.layouts.select import Sides, along
@@ -33,14 +35,22 @@ from hf_ws.vocabulary import kept_tokens, renumbered
 logger = logging.getLogger(__name__)
 
 
-def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan:
+def settle(
+    plan: Plan, source: Source, evidence: Evidence | None = None, observed: Observation | None = None
+) -> Plan:
     """The plan with every `Rank` turned into the indices that score highest on this source.
 
     Ties go to the lower index, so two runs keep the same neurons. Indices stay in ascending order, which changes
     nothing in the function and keeps equal sizes bit-identical.
 
+    Args:
+        plan: What is to be settled.
+        source: The opened source.
+        evidence: What calibration found, where the plan wants it.
+        observed: The source on the data itself, for compensations that run the start on it.
+
     Raises:
-        CalibrationError: a score needs calibration data and there is none.
+        CalibrationError: something needs calibration data and there is none.
     """
     certificate = _certificate(plan, source)
     maps: dict[str, AxisMap] = dict(plan.maps)
@@ -86,8 +96,28 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         maps |= settle_merge(plan, source, certificate, evidence, key, maps)
     settled = plan.with_maps(maps, gains=gains, fingerprint=source.fingerprint)
     for name in plan.compensation:
-        settled = COMPENSATIONS[name](settled, source, certificate, _needed(evidence, name))
+        settled = _compensated(name, settled, source, certificate, _needed(evidence, name), observed)
     return replace(settled, compensation=(), compensated=(*plan.compensated, *plan.compensation))
+
+
+def _compensated(
+    name: str,
+    plan: Plan,
+    source: Source,
+    certificate: Certificate,
+    evidence: Evidence,
+    observed: Observation | None,
+) -> Plan:
+    """The plan after one compensation."""
+    done = COMPENSATIONS[name]
+    if not getattr(done, "runs", False):
+        return done(plan, source, certificate, evidence)
+    if observed is None:
+        raise CalibrationError(
+            f"{name} runs the start on the calibration data, and there is only evidence of it"
+        )
+    running = Running(observed, partial(apply, source=source))
+    return done(plan, source, certificate, evidence, running)
 
 
 def _needed(evidence: Evidence | None, what: str) -> Evidence:
@@ -102,7 +132,7 @@ def _needed(evidence: Evidence | None, what: str) -> Evidence:
 def wanted(plan: Plan) -> tuple[str, ...]:
     """What `calibrate` has to collect for this plan to be settled."""
     turned = any(isinstance(m, Turn) for m in plan.maps.values())
-    found = dict.fromkeys(["moments"] if turned or plan.compensation else [])
+    found = dict.fromkeys([*(["moments"] if turned else []), *compensation_wants(plan.compensation)])
     for key, rank in plan.maps.items():
         if isinstance(rank, Rank):
             routed = (
@@ -250,6 +280,8 @@ class _Maker:
         """A tensor of the target, and the source's that it is made of, whose memory it may share."""
         plan, layout = self._plan, parse(self._plan.layouts[pattern])
         weight = self._weight(name, layer)
+        if name in plan.values:
+            return torch.from_numpy(plan.values[name].value), weight
         maps = self._maps(layout, layer, name)
         value, maps = self._folded(weight, pattern, layer, maps)
         if value is None:
