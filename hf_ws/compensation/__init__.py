@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from hf_ws.compensation.least_squares import least_squares
+from hf_ws.compensation.least_squares_drifted import least_squares_drifted
 from hf_ws.compensation.least_squares_hidden import least_squares_hidden
 from hf_ws.compensation.mean_bias import mean_bias
 from hf_ws.compensation.output import output
@@ -22,6 +23,7 @@ Compensation = Callable[..., Plan]
 
 COMPENSATIONS: dict[str, Compensation] = {
     "least_squares": least_squares,
+    "least_squares_drifted": least_squares_drifted,
     "least_squares_hidden": least_squares_hidden,
     "mean_bias": mean_bias,
     "output": output,

@@ -1,15 +1,16 @@
-"""Set the last norm so that the start's logits come nearest to the source's."""
+"""Set the last norm so that the start's predictions come nearest to the source's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ws.axes import VOCAB, kind_of
-from hf_ws.compensation.running import Running, read_by
+from hf_ws.compensation.running import Running, plainly_gives, read_by
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate
@@ -18,21 +19,26 @@ from hf_ws.maps import Given
 from hf_ws.plan import Plan
 from hf_ws.store import Source
 
-RIDGE = 1e-3
-"""How hard the gains are held where they are, as a share of the mean of what they are fitted by."""
-NOTHING = 1e-10
-"""A fit that takes less than this share off what is to be explained changes nothing."""
+TOKENS = 4096
+"""How many tokens the fit looks at, evenly spread."""
+STEPS = 25
+"""How many steps of L-BFGS it takes at most."""
+PIECE = 2**23
+"""Logits at a time."""
+LEAST = 1e-9
+"""A fit that lowers the divergence by less, in nats a token, changes nothing."""
 
 
 def output(
     plan: Plan, source: Source, certificate: Certificate, evidence: Evidence, running: Running
 ) -> Plan:
-    """The gain of the norm that the head reads, and its bias if it has one, by least squares of the logits.
+    """Fit the gain of the norm that the head reads, and its bias if it has one, to the source's predictions.
 
-    The start is run over the calibration data. Of all gains for single channels those are taken with which its logits
-    differ least, in the mean of squares over tokens and words, from those of the source, of which each token's mean
-    over words does not count. There is a closed form: logits are H (s u + b), u the norm's output without its bias,
-    and so linear in s and b. A small penalty holds s near one, so the fit is never worse than what was there.
+    Source and start are run over the calibration data. Of all numbers s, one for each channel, that the gain may be
+    multiplied by, and all t that may be added to the bias, those are taken for which the mean divergence KL(source,
+    start) over tokens is least. It is convex in s and t, and L-BFGS begins where the gain is, so it is never worse than
+    that on the tokens that it looks at. Least squares of the logits has a closed form, and is not what it is good for:
+    it makes unsure starts say next to nothing, and takes the demo's rotated start from a loss of 3.35 to 3.47.
 
     What is done after it sees another stream: name it last.
 
@@ -41,19 +47,24 @@ def output(
     """
     student, teacher = running.start(plan), running.observed.model
     norm, head = _last(student, certificate, plan, running)
-    mean, second = _moments(running, student, teacher, head)
+    reads = [_spread(running, model, head) for model in (teacher, student)]
     module = student.get_submodule(norm)
     bias = getattr(module, "bias", None)
-    shift = None if bias is None else bias.detach().double().cpu()
-    found = calibrated(_centred(student, head), _centred(teacher, head), mean, second, shift)
+    plain = torch.zeros(len(module.weight)) if bias is None else bias.detach().cpu()
+    found = _fitted(
+        (teacher.get_submodule(head), reads[0]),
+        (student.get_submodule(head), reads[1]),
+        plain,
+        bias is not None,
+    )
     if found is None:
         return plan
     with torch.no_grad():
         offset = offset_of(module)
     weight = found[0] * (module.weight.detach().double().cpu() + offset) - offset
     values = {**plan.values, f"{norm}.weight": Given(weight.numpy())}
-    if shift is not None and found[1] is not None:
-        values[f"{norm}.bias"] = Given((shift + found[1]).numpy())
+    if bias is not None:
+        values[f"{norm}.bias"] = Given((plain.double() + found[1]).numpy())
     return replace(plan, values=values)
 
 
@@ -72,6 +83,11 @@ def _last(
             "output compares logits word by word, and the words are not the same; leave it out"
         )
     head = certificate.head.removesuffix(".weight")
+    for model in (running.observed.model, student):
+        if not plainly_gives(model, head, running.batch(model)):
+            raise CalibrationError(
+                f"output takes what {head} gives for the logits, and {plan.model_class} scales or caps it; leave it out"
+            )
     norm = read_by(student, head, running.batch(student))
     if norm is None:
         raise CalibrationError(
@@ -81,52 +97,57 @@ def _last(
     return norm, head
 
 
-def _moments(
-    running: Running, student: PreTrainedModel, teacher: PreTrainedModel, head: str
-) -> tuple[Tensor, Tensor]:
-    """Mean [n] and second moments [n, n] of what the heads of the source and of the start read, side by side."""
-    count, first, second = 0, torch.zeros(()), torch.zeros(())
-    for theirs, own in zip(running.inputs(teacher, {head}), running.inputs(student, {head}), strict=True):
-        both = torch.cat([theirs[head], own[head]], 1)
-        count, first, second = count + len(both), first + both.sum(0), second + both.T @ both
-    return first / count, second / count
+def _spread(running: Running, model: PreTrainedModel, head: str) -> Tensor:
+    """What the head reads, of evenly spread tokens: float32 [tokens, channels]."""
+    rows = [found[head].float() for found in running.inputs(model, {head})]
+    whole = torch.cat(rows)
+    return whole[:: -(-len(whole) // TOKENS)]
 
 
-def _centred(model: PreTrainedModel, head: str) -> Tensor:
-    """The head's matrix [words, channels], less its mean over words."""
-    weight = model.get_submodule(head).weight.detach().double().cpu()
-    return weight - weight.mean(0)
-
-
-def calibrated(
-    own: Tensor, theirs: Tensor, mean: Tensor, second: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None] | None:
+def _fitted(
+    theirs: tuple[nn.Module, Tensor], own: tuple[nn.Module, Tensor], plain: Tensor, shifts: bool
+) -> tuple[Tensor, Tensor] | None:
     """What to multiply the last norm's gain by, and what to add to its bias; None if that makes no difference.
 
     Args:
-        own: The start's head [words, d], less its mean over words.
-        theirs: The source's [words, D].
-        mean: Of what the heads read, the source's and then the start's: [D + d].
-        second: Its second moments [D + d, D + d].
-        bias: Of the start's last norm [d], if it has one.
+        theirs: The source's head, and what it reads [tokens, D].
+        own: The start's, [tokens, d].
+        plain: The bias of the start's last norm [d].
+        shifts: Whether it may change.
     """
-    wide = theirs.shape[1]
-    inner, across = own.T @ own, own.T @ theirs
-    plain = torch.zeros_like(mean[wide:]) if bias is None else bias
-    without = mean[wide:] - plain
-    with_source = second[:wide, wide:] - mean[:wide, None] * plain
-    with_own = second[wide:, wide:] - mean[wide:, None] * plain
-    squares = with_own - plain[:, None] * without
-    normal = inner * squares
-    wanted = (across * with_source.T).sum(1) - (inner * with_own.T).sum(1)
-    penalty = normal.diagonal().mean().expand(len(normal))
-    if bias is not None:
-        corner = without[:, None] * inner
-        normal = torch.cat([torch.cat([normal, corner], 1), torch.cat([corner.T, inner], 1)])
-        wanted = torch.cat([wanted, across @ mean[:wide] - inner @ mean[wide:]])
-        penalty = torch.cat([penalty, inner.diagonal().mean().expand(len(inner))])
-    found = torch.linalg.solve(normal + RIDGE * penalty.diag(), wanted)
-    whole = float((theirs.T @ theirs * second[:wide, :wide]).sum())
-    if not float(2 * found @ wanted - found @ normal @ found) > NOTHING * whole:
-        return None
-    return 1 + found[: len(plain)], None if bias is None else found[len(plain) :]
+    by = torch.ones(len(plain), requires_grad=True)
+    more = torch.zeros(len(plain), requires_grad=shifts)
+    search = torch.optim.LBFGS(
+        [by, more] if shifts else [by], max_iter=STEPS, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+    )
+    seen: list[tuple[float, Tensor, Tensor]] = []
+
+    def divergence() -> Tensor:
+        search.zero_grad()
+        total = torch.zeros(())
+        for wanted, read in _pieces(theirs, own[1]):
+            given = _head(own[0], by * (read - plain) + plain + more).log_softmax(-1)
+            part = (wanted.exp() * (wanted - given)).sum(-1).sum() / len(own[1])
+            part.backward()
+            total += part.detach()
+        seen.append((float(total), by.detach().double(), more.detach().double()))
+        return total
+
+    search.step(divergence)
+    best = min(seen, key=lambda one: one[0])
+    return best[1:] if best[0] < seen[0][0] - LEAST else None
+
+
+def _pieces(theirs: tuple[nn.Module, Tensor], read: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The source's log-probabilities, and what the start's head reads, a few tokens at a time."""
+    words = len(next(theirs[0].parameters()))
+    for wide, narrow in zip(*(rows.split(max(1, PIECE // words)) for rows in (theirs[1], read)), strict=True):
+        yield _head(theirs[0], wide).log_softmax(-1), narrow
+
+
+def _head(head: nn.Module, read: Tensor) -> Tensor:
+    """Logits, in single precision on the CPU."""
+    weight, bias = head.weight, getattr(head, "bias", None)
+    assert isinstance(weight, Tensor)
+    own = None if bias is None else bias.detach().float().cpu()
+    return nn.functional.linear(read, weight.detach().float().cpu(), own)

@@ -81,6 +81,23 @@ def seen(
     return found
 
 
+def called(model: PreTrainedModel, names: Collection[str], batch: Mapping[str, Tensor]) -> list[str]:
+    """These modules in the order in which they run, as often as they do."""
+    order: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: order.append(name)
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order
+
+
 def read_by(model: PreTrainedModel, reader: str, batch: Mapping[str, Tensor]) -> str | None:
     """The name of the norm, with a gain, whose output is what a module reads; None if it reads something else."""
     written: dict[str, Tensor] = {}
@@ -103,6 +120,20 @@ def read_by(model: PreTrainedModel, reader: str, batch: Mapping[str, Tensor]) ->
         if given is not None and (output.data_ptr(), output.shape) == (given.data_ptr(), given.shape)
     ]
     return own[-1] if own else None
+
+
+def plainly_gives(model: PreTrainedModel, head: str, batch: Mapping[str, Tensor]) -> bool:
+    """Whether the model's logits are what its head gives, neither scaled nor capped."""
+    given: list[Tensor] = []
+    hook = model.get_submodule(head).register_forward_hook(lambda _, __, output: given.append(output))
+    was = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(**batch).logits
+    finally:
+        model.train(was)
+        hook.remove()
+    return bool(given) and given[-1].shape == logits.shape and torch.equal(given[-1].float(), logits.float())
 
 
 def _rows(found: Mapping[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
