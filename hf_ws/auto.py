@@ -24,7 +24,7 @@ from hf_ws.asked import Ask, dtype_of
 from hf_ws.axes import LAYERS, VOCAB, kind_of
 from hf_ws.compensation import COMPENSATIONS
 from hf_ws.compensation import wants_of as compensation_wants
-from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
+from hf_ws.depth import Context, LayerPolicy, behind_the_first, blends_of, kept_layers
 from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
 from hf_ws.errors import PlanError, unknown
@@ -356,6 +356,7 @@ def _planned(
         target_config=target,
         certificate=certificate,
         layers=kept,
+        blends=blends_of(kept, certificate.stacks),
         parameters=(sum(map(math.prod, before.values())), sum(map(math.prod, after.values()))),
         method=called(ask.method or method),
         method_args=ask.method_args,

@@ -60,36 +60,19 @@ def test_predictions_come_nearer_to_the_source(family: str) -> None:
     assert divergence(source, made) < divergence(source, plain)
 
 
-@pytest.mark.parametrize(("family", "norm"), [("llama", "model.norm"), ("gemma", "model.norm")])
-def test_a_gain_that_was_spoilt_is_found_again(family: str, norm: str) -> None:
-    """The one fault is a last norm three times too loud in half of the channels: all of it is taken back."""
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_gain_that_was_spoilt_is_found_again(family: str) -> None:
+    """The one fault of the start is a last norm three times too loud: that is taken back, in every channel."""
     source = families.model(family)
-    spoilt = families.model(family)
-    offset = 1.0 if family == "gemma" else 0.0
-    with torch.no_grad():
-        gain = spoilt.get_submodule(norm).weight
-        gain[:32] = 3 * (gain[:32] + offset) - offset
+    norm = {"llama": "model.norm", "gpt2": "transformer.ln_f"}[family]
 
-    def worse(request: Request) -> Plan:
-        plan = request.plan({HIDDEN: Gather(tuple(range(64)), 64)})
-        return plan
+    def too_loud(request: Request) -> Plan:
+        return request.plan({}, gains={f"{norm}.weight": 3.0})
 
-    made = start(source, "output", method=worse)
-    assert divergence(source, made) < 1e-6
-    from hf_ws.compensation.output import _fitted
-
-    heads = source.lm_head, spoilt.lm_head
-    reads = [_last_hidden(model) for model in (source, spoilt)]
-    found = _fitted((heads[0], reads[0]), (heads[1], reads[1]), torch.zeros(64), False)
-    assert found is not None
-    wanted = torch.ones(64).double()
-    wanted[:32] = 1 / 3
-    torch.testing.assert_close(found[0], wanted, atol=0.05, rtol=0)
-
-
-def _last_hidden(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model.float().base_model(input_ids=IDS).last_hidden_state.flatten(0, 1)
+    spoilt, made = start(source, method=too_loud), start(source, "output", method=too_loud)
+    assert divergence(source, made) < 0.01 * divergence(source, spoilt)
+    own, wanted = (model.get_submodule(norm).weight for model in (made, source))
+    torch.testing.assert_close(own.detach(), wanted.detach(), rtol=0.1, atol=0.05, check_dtype=False)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ class Request:
     """The source layer of each target layer, by the axis that counts them."""
     parameters: tuple[int, int]
     """How many the source has and the target will have."""
-    method: str
+    blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The target layers that are sums of the source's, as a plan has them."""
+    method: str = ""
     method_args: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     calibrated: bool = False
@@ -313,7 +315,8 @@ class Request:
             target_sizes=self.after,
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
-            layers=dict(self.layers),
+            layers={axis: tuple(kept) for axis, kept in self.layers.items()},
+            blends=dict(self.blends),
             maps={**maps, **self._chosen_tokens()},
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,
