@@ -34,6 +34,7 @@ from hf_ws.maps import (
     from_json,
     to_json,
 )
+from hf_ws.tables import table
 
 FORMAT = 3
 """Version of the saved form."""
@@ -336,7 +337,7 @@ class Plan:
         commit = f" at {self.revision[:12]}" if self.revision else ""
         args = ", ".join(f"{name}={value!r}" for name, value in self.method_args.items())
         lines = [f"{self.method}({args}): {self.model_class} from {self.source}{commit}", ""]
-        lines += _table(["", "source", "target", "keeps"], list(self._rows()))
+        lines += table(["", "source", "target", "keeps"], list(self._rows()))
         for key, axis_map in self.maps.items():
             if "@" in key and not self._is_layer(key.partition("@")[2]) and not isinstance(axis_map, Blocks):
                 return "\n".join(
@@ -397,16 +398,3 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _bytes_each(dtype: Any) -> int:
     return {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(dtype).removeprefix("torch."), 4)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row: list[str]) -> str:
-        first, *numbers, last = [
-            cell.ljust(w) if i in (0, 3) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join([first, *numbers, last]).rstrip()
-
-    return [line(head), line(["-" * w for w in widths]), *map(line, rows)]

@@ -10,7 +10,7 @@ only asks for the loss), and takes a third argument, a `Context` with the eviden
     def my_policy(depth, keep, context): ...
     my_policy.wants = ("similarity",)
 
-One that merges returns `Kept(layers, blends)`, with the sums of source layers that take their place.
+One that merges returns `merged(layers, blends)`, with the sums of source layers that take their place.
 
 Each stack of a model (`encoder.layers`, `decoder.layers`) is asked for by itself.
 """
@@ -25,7 +25,7 @@ from hf_ws.depth.block_influence import block_influence
 from hf_ws.depth.context import Context
 from hf_ws.depth.evenly_spaced import evenly_spaced
 from hf_ws.depth.first import first
-from hf_ws.depth.kept import Kept, blends_of
+from hf_ws.depth.kept import Kept, blends_of, merged
 from hf_ws.depth.last import last
 from hf_ws.depth.loss_increase import loss_increase
 from hf_ws.depth.merge_neighbours import merge_neighbours
@@ -53,6 +53,7 @@ __all__ = [
     "behind_the_first",
     "blends_of",
     "kept_layers",
+    "merged",
     "wants_of",
     *POLICIES,
 ]
