@@ -94,12 +94,15 @@ def test_a_saved_plan_merges_again(tmp_path: Path) -> None:
     assert all(map(torch.equal, made.parameters(), again.apply(source).parameters()))
 
 
-def test_layers_of_different_kinds_are_not_merged() -> None:
+def test_layers_with_other_tensors_are_not_merged() -> None:
+    """Dense and routed ones, and T5's first with the others: it alone has position biases."""
     source = families.model("qwen3_moe_mixed")
     with pytest.raises(
-        PlanError, match="layers 1, 2, 3 of layers are of different kinds and cannot be merged"
+        PlanError, match="layers 1, 2, 3 of layers have not the same tensors and cannot be merged"
     ):
         AutoSubclone.plan(source, layers=2, layer_policy=summed)
     t5 = T5ForConditionalGeneration(T5Config(d_model=64, d_kv=8, d_ff=96, num_layers=4, vocab_size=160))
-    with pytest.raises(PlanError, match=r"the first of encoder.layers has other shapes than the rest"):
-        AutoSubclone.plan(t5, layers=2, layer_policy=summed)
+    with pytest.raises(PlanError, match=r"layers 0, 1 of (en|de)coder.layers have not the same tensors"):
+        AutoSubclone.plan(t5, layers=3, layer_policy=lambda *_: merged((0, 2, 3), {0: {0: 0.0, 1: 1.0}}))
+    plan = AutoSubclone.plan(t5, layers=2, layer_policy=summed)
+    assert plan.blends.keys() == {"encoder.layers.1", "decoder.layers.1"}

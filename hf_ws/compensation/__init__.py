@@ -8,7 +8,7 @@ argument, a `Running`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from hf_ws.compensation.least_squares import least_squares
 from hf_ws.compensation.least_squares_drifted import least_squares_drifted
@@ -17,6 +17,7 @@ from hf_ws.compensation.mean_bias import mean_bias
 from hf_ws.compensation.output import output
 from hf_ws.compensation.rms import rms
 from hf_ws.compensation.running import Running
+from hf_ws.errors import unknown
 from hf_ws.plan import Plan
 
 Compensation = Callable[..., Plan]
@@ -30,9 +31,23 @@ COMPENSATIONS: dict[str, Compensation] = {
     "rms": rms,
 }
 
-__all__ = ["COMPENSATIONS", "Compensation", "Running", "wants_of", *COMPENSATIONS]
+__all__ = ["COMPENSATIONS", "Compensation", "Running", "chosen", "wants_of", *COMPENSATIONS]
 
 
 def wants_of(names: Iterable[str]) -> tuple[str, ...]:
     """The statistics that these compensations look at."""
     return tuple(dict.fromkeys(want for name in names for want in getattr(COMPENSATIONS[name], "wants", ())))
+
+
+def chosen(asked: Sequence[str] | None, method: Callable[..., Plan]) -> tuple[str, ...]:
+    """What is to be done against what the maps lose: what is asked, or the method's own.
+
+    Raises:
+        PlanError: a name that is not in `COMPENSATIONS`.
+    """
+    if asked is None:
+        return tuple(getattr(method, "compensation", ()))
+    for name in asked:
+        if name not in COMPENSATIONS:
+            raise unknown("compensation", name, COMPENSATIONS)
+    return tuple(asked)

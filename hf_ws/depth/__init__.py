@@ -138,9 +138,5 @@ def behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, .
         raise PlanError(
             f"{axis}={len(kept)}: its one layer is unlike any that could follow it; leave it at 1"
         )
-    if isinstance(kept, Kept) and kept.blends:
-        raise PlanError(
-            f"the first of {axis} has other shapes than the rest, so they are not merged; name a layer_policy that "
-            "drops layers"
-        )
-    return (0, *(max(1, layer) for layer in kept[1:]))
+    behind = (0, *(max(1, layer) for layer in kept[1:]))
+    return merged(behind, kept.blends) if isinstance(kept, Kept) else behind

@@ -7,7 +7,8 @@ from types import MappingProxyType
 
 from hf_ws.axes import layer_key
 from hf_ws.errors import PlanError
-from hf_ws.layouts.stacks import Stacks
+from hf_ws.layouts.census import Shapes
+from hf_ws.layouts.stacks import Stacks, generic
 
 
 class Kept(tuple[int, ...]):
@@ -27,20 +28,33 @@ def merged(layers: Sequence[int], blends: Mapping[int, Mapping[int, float]]) -> 
     return kept
 
 
-def blends_of(kept: Mapping[str, tuple[int, ...]], stacks: Stacks) -> dict[str, dict[str, float]]:
+def blends_of(
+    kept: Mapping[str, tuple[int, ...]], stacks: Stacks, shapes: Shapes
+) -> dict[str, dict[str, float]]:
     """The sums of all stacks as a plan has them: by the key of the target layer, by the number of the source's.
 
+    Args:
+        kept: What the policies gave, by the axis that counts layers.
+        stacks: Of the source.
+        shapes: Of the source's tensors, by name.
+
     Raises:
-        PlanError: a sum of layers of different kinds, which have not the same tensors.
+        PlanError: a sum of layers that have not the same tensors.
     """
     found = {}
     for axis, layers in kept.items():
-        kinds = stacks.kinds.get(axis, ())
         for target, parts in layers.blends.items() if isinstance(layers, Kept) else ():
-            if len({kinds[layer] for layer in parts if layer < len(kinds)}) > 1:
+            tensors = [_tensors(layer_key(axis, layer), stacks, shapes) for layer in parts]
+            if any(own != tensors[0] for own in tensors):
                 raise PlanError(
-                    f"layers {', '.join(map(str, parts))} of {axis} are of different kinds and cannot be merged; name "
-                    "a layer_policy that drops layers"
+                    f"layers {', '.join(map(str, parts))} of {axis} have not the same tensors and cannot be merged; "
+                    "name a layer_policy that drops layers"
                 )
             found[str(layer_key(axis, target))] = {str(layer): float(share) for layer, share in parts.items()}
     return found
+
+
+def _tensors(layer: int | str, stacks: Stacks, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes of one layer's tensors, by name without its number."""
+    named = {generic(name, stacks): tuple(shape) for name, shape in shapes.items()}
+    return {pattern: shape for (pattern, own), shape in named.items() if own == layer}
