@@ -33,6 +33,7 @@ from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
+from hf_ws.layouts.scaled import scaled
 from hf_ws.maps import AxisMap, Fold, Gather, called
 from hf_ws.methods.kv import copied
 from hf_ws.plan import Plan
@@ -56,7 +57,9 @@ class Request:
     """The source layer of each target layer, by the axis that counts them."""
     parameters: tuple[int, int]
     """How many the source has and the target will have."""
-    method: str
+    blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The target layers that are sums of the source's, as a plan has them."""
+    method: str = ""
     method_args: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     calibrated: bool = False
@@ -271,9 +274,21 @@ class Request:
             return gains
         for name in self.certificate.tied:
             gain = gains.pop(name, 1.0)
-            if name == self.certificate.head and gain != 1.0:
+            if name == self.certificate.head and gain != 1.0 and not self.embedding_gains():
                 gains |= dict.fromkeys(self.certificate.head_norm, gain)
         return gains
+
+    def embedding_gains(self) -> dict[str, float]:
+        """What makes up for a class that multiplies embeddings by sqrt(hidden), which is less in the target (Gemma).
+
+        A tied head is multiplied along, which is just its gain of fan-in.
+        """
+        found = scaled(self.model_class, self.source_config, self.certificate)
+        return {
+            name: float(np.sqrt(self.before[axis] / self.after[axis]))
+            for name, axis in found.items()
+            if self.before[axis] != self.after[axis]
+        }
 
     def plan(
         self,
@@ -300,7 +315,8 @@ class Request:
             target_sizes=self.after,
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
-            layers=dict(self.layers),
+            layers={axis: tuple(kept) for axis, kept in self.layers.items()},
+            blends=dict(self.blends),
             maps={**maps, **self._chosen_tokens()},
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,

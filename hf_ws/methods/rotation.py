@@ -62,7 +62,7 @@ def rotation(request: Request, *, score: str | Score | None = None, kv_merge: st
     }
     maps |= ranked_maps(request, score or "activation", given={*maps, *taken}) | merges
     folds = {name: fold for found in turned for name, fold in found.folds.items()}
-    gains = request.fan_in_gains(without={*maps} if turned else set())
+    gains = request.fan_in_gains(without={*maps} if turned else set()) | request.embedding_gains()
     return request.plan(maps, folds=folds, gains=gains)
 
 
