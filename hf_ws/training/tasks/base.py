@@ -121,8 +121,12 @@ class Task:
         return False
 
     def written(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """What the model makes of held-out rows by itself, [rows, tokens], -100 after the end of each."""
-        raise NotImplementedError
+        """What the model makes of held-out rows by itself, [rows, tokens], -100 after the end of each.
+
+        Raises:
+            TypeError: The task measures what a model predicts: `writes` is False.
+        """
+        raise TypeError(f"{type(self).__name__} measures what a model predicts, and not what it writes")
 
     @classmethod
     def load_processor(cls, source: str) -> Any:
