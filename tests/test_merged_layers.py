@@ -87,7 +87,9 @@ def test_every_layer_is_in_one_sum_and_the_weights_are_one(data: st.DataObject) 
 
 def test_a_saved_plan_merges_again(tmp_path: Path) -> None:
     source = families.model("llama")
-    made = AutoSubclone.from_pretrained(source, layers=2, layer_policy="merge_neighbours", calibration=IDS)
+    made = AutoSubclone.from_pretrained(
+        source, layers=2, layer_policy="merge_neighbours", calibration=IDS, method="subclone"
+    )
     assert made.hf_ws_plan.blends
     made.hf_ws_plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
