@@ -27,9 +27,8 @@ def shrunk(
     source: PreTrainedModel, family: str, *compensation: str, rescale: bool = False
 ) -> PreTrainedModel:
     args = {"rescale": rescale, "score": _first}
-    return AutoSubclone.from_pretrained(
-        source, calibration=IDS, compensation=compensation, method_args=args, dtype="float64", **SIZES[family]
-    )
+    options = {"method": "subclone", "method_args": args, "dtype": "float64", **SIZES[family]}
+    return AutoSubclone.from_pretrained(source, calibration=IDS, compensation=compensation, **options)
 
 
 def distance(one: PreTrainedModel, other: PreTrainedModel) -> float:

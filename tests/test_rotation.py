@@ -149,6 +149,23 @@ def _in_a_subspace(family: str, small: PreTrainedModel) -> PreTrainedModel:
     return source
 
 
+def test_a_tied_head_may_stay_tied() -> None:
+    """Then the basis is a selection, and the model has no parameter more than its sizes say."""
+    source = families.model("llama", tie_word_embeddings=True)
+    options = {"hidden": 32, "heads": 8, "kv_heads": 4, "calibration": IDS, "method": "rotation"}
+    free = AutoSubclone.from_pretrained(source, **options)
+    tied = AutoSubclone.from_pretrained(source, method_args={"untie": False}, **options)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert free.num_parameters() - tied.num_parameters() == families.VOCAB * 32
+    for model in (free, tied):
+        assert model.hf_ws_plan.parameters == (source.num_parameters(), model.num_parameters())
+    kept = list(tied.hf_ws_plan.maps[HIDDEN].index)
+    assert torch.equal(tied.lm_head.weight, source.lm_head.weight[:, kept])
+    untied = families.model("llama", tie_word_embeddings=False)
+    plans = [AutoSubclone.plan(untied, method_args=args, **options).maps for args in ({}, {"untie": False})]
+    assert plans[0] == plans[1]
+
+
 def test_without_data_there_is_no_basis() -> None:
     with pytest.raises(CalibrationError, match="pass calibration="):
         AutoSubclone.from_pretrained(families.model("llama"), hidden=32, method="rotation")

@@ -21,7 +21,7 @@ def least_squares_hidden(plan: Plan, source: Source, certificate: Certificate, e
     they did, which "rms" brings about on average, and takes the place of a gain of fan-in. A tied head is the
     embedding too, and stays. A stream that was turned is left alone: what its basis leaves out hardly goes along with
     what it keeps, and on the demo's source fitting its readers changes nothing (a loss of 3.348 after 3.347), where
-    fitting those of a selection takes 3.906 to 3.507.
+    fitting those of a selection takes 3.906 to 3.507, and 2.86 to 2.77 after 50 steps of training.
     """
     refits, gains = dict(plan.refits), dict(plan.gains)
     found = list(cut(plan, certificate, evidence, stream=True))

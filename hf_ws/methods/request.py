@@ -229,6 +229,11 @@ class Request:
                     f"{groups}={enough}, or merge kv heads with method_args={{'kv_merge': 'least_squares'}}"
                 )
 
+    @property
+    def tied(self) -> bool:
+        """Whether the target's head is its embedding."""
+        return any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config))
+
     def untied(self) -> Request:
         """The same, for a target whose head is a tensor of its own."""
         config = deepcopy(self.target_config)
@@ -270,7 +275,7 @@ class Request:
 
     def _tied_gains(self, gains: dict[str, float]) -> dict[str, float]:
         """With a tied head, the head's gain moves to the norm before it, or is left out where there is none."""
-        if not any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config)):
+        if not self.tied:
             return gains
         for name in self.certificate.tied:
             gain = gains.pop(name, 1.0)
