@@ -23,12 +23,14 @@ def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence
 
     In D channels a norm gives g x / rms(x). The target's norm sees the kept channels x_K alone, and would give
     g_K x_K / rms(x_K): for channels that are louder than the rest, as those kept by importance are, too little. With
-    one number for each norm, rms(x_K) / rms(x) over the calibration data, it gives on
-    average what it gave; where the dropped channels are silent, exactly. Of a norm that takes out the mean over
-    channels, x is what is left then.
+    one number for each norm, rms(x_K) / rms(x) over the calibration data, it gives on average what it gave; where the
+    dropped channels are silent, exactly. Of a norm that takes out the mean over channels, x is what is left then.
 
     On the demo's source, whose channels of largest activation are about as loud as the whole, it changes nothing (a
     loss of 4.27 after 4.23 with the gains of fan-in, 4.317 after 4.320 without).
+
+    The method's gains of fan-in stay with the matrices that read the stream. A stream that was turned has these
+    levels from its basis, and a norm without a gain has no place for one: both stay as they are.
     """
     norms = norms_of(source.model_class, source.config, certificate)
     gains, offsets = dict(plan.gains), dict(plan.offsets)
