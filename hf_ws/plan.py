@@ -34,7 +34,7 @@ from hf_ws.maps import (
     from_json,
     to_json,
 )
-from hf_ws.tables import table
+from hf_ws.tables import bytes_each, merged, table
 
 FORMAT = 3
 """Version of the saved form."""
@@ -75,6 +75,8 @@ class Plan:
     """The proven layout of every parameter, the layer's number written `*`."""
     parameters: tuple[int, int]
     """How many the source has and the target will have; what is tied counts once."""
+    untied: int = 0
+    """How many of the target's are there because its head is a tensor of its own, where the source's is tied."""
     layers: Mapping[str, tuple[int, ...]]
     """The source layer of each target layer, by the axis that counts them."""
     maps: Mapping[str, AxisMap]
@@ -357,12 +359,11 @@ class Plan:
                 ]
         before, after = self.parameters
         yield ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
-        widths = [_bytes_each(config.get("dtype")) for config in (self.source_config, self.target_config)]
-        yield [
-            "bytes",
-            *(f"{count * width:,}" for count, width in zip(self.parameters, widths, strict=True)),
-            "",
-        ]
+        if self.untied:
+            yield ["of them untied", "0", f"{self.untied:,}", "the head, tied in the source"]
+        configs = (self.source_config, self.target_config)
+        widths = [bytes_each(config.get("dtype")) for config in configs]
+        yield ["bytes", f"{before * widths[0]:,}", f"{after * widths[1]:,}", ""]
 
     def _keeps(self, axis: str) -> str:
         names = [
@@ -374,7 +375,9 @@ class Plan:
         if self.is_fresh("*") or (names and all(map(self.is_fresh, names))):
             return "nothing: every weight is new"
         if axis in self.layers:
-            return str(Gather(self.layers[axis], self.source_sizes[axis]))
+            kept = str(Gather(self.layers[axis], self.source_sizes[axis]))
+            keys = (layer_key(axis, number) for number in range(len(self.layers[axis])))
+            return kept + merged([(*self.blends.get(str(key), ()),) for key in keys])
         scoped = [
             m
             for key, m in self.maps.items()
@@ -394,7 +397,3 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     if "layers" in plain:
         plain["layers"] = {stack: tuple(kept) for stack, kept in plain["layers"].items()}
     return plain
-
-
-def _bytes_each(dtype: Any) -> int:
-    return {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(dtype).removeprefix("torch."), 4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table of four columns: words, two of numbers, words."""
@@ -15,3 +18,13 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
         return "  ".join([first, *numbers, last]).rstrip()
 
     return [line(head), line(["-" * w for w in widths]), *map(line, rows)]
+
+
+def bytes_each(dtype: Any) -> int:
+    """Bytes of a number of a config's dtype; single precision where it names none."""
+    return {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(dtype).removeprefix("torch."), 4)
+
+
+def merged(sums: Sequence[Sequence[str]]) -> str:
+    """Says which target layers are sums, given the source layers in each; none where it is one alone."""
+    return "".join(f"; {i} is a sum of {', '.join(parts)}" for i, parts in enumerate(sums) if parts)

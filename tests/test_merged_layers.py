@@ -109,3 +109,8 @@ def test_layers_with_other_tensors_are_not_merged() -> None:
         AutoSubclone.plan(t5, layers=3, layer_policy=lambda *_: merged((0, 2, 3), {0: {0: 0.0, 1: 1.0}}))
     plan = AutoSubclone.plan(t5, layers=2, layer_policy=summed)
     assert plan.blends.keys() == {"encoder.layers.1", "decoder.layers.1"}
+
+
+def test_the_plan_says_what_is_summed() -> None:
+    plan = AutoSubclone.plan(families.model("llama"), layers=2, layer_policy=summed, method="subclone")
+    assert "  0 to 1; 1 is a sum of 1, 2, 3\n" in str(plan)

@@ -23,6 +23,9 @@ from tests import families
 
 IDS = families.tokens(8, 16)
 
+TIED = [
+    family for family in families.FAMILIES if getattr(families.config(family), "tie_word_embeddings", False)
+]
 AFTER_THE_SUM = ("opt_350m", *families.ENCODERS)
 """The norm's output is the stream."""
 ON_WHAT_IS_ADDED = ("gemma2", "gemma3_text", "olmo2")
@@ -198,3 +201,21 @@ def test_the_zero_mean_basis_is_orthonormal(size: int) -> None:
     np.testing.assert_allclose(basis.T @ basis, np.eye(size - 1), atol=1e-12)
     np.testing.assert_allclose(basis.sum(0), 0, atol=1e-12)
     np.testing.assert_allclose(with_mean(basis, basis), np.eye(size), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", sorted({*TIED} & {*TURNED}))
+def test_what_untying_costs_is_in_the_plan(family: str) -> None:
+    """Against the models themselves: with the head a tensor of its own, and with the same sizes tied."""
+    source = families.model(family)
+    made, tied = (AutoSubclone.plan(source, hidden=32, method=name) for name in ("rotation", "subclone"))
+    own, wanted = (sum(p.numel() for p in _empty(source, plan).parameters()) for plan in (made, tied))
+    assert made.parameters[1] == own
+    assert made.untied == own - wanted > 0
+    assert tied.untied == 0
+    line = next(line for line in str(made).splitlines() if line.startswith("of them untied"))
+    assert line.split()[4] == f"{own - wanted:,}"
+    assert "untied" not in str(tied)
+
+
+def _empty(source: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    return type(source)(type(source.config).from_dict(dict(plan.target_config)))

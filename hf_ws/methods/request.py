@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from hf_ws.axes import (
 )
 from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate, stack_of
+from hf_ws.layouts.census import census
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.layouts.scaled import scaled
@@ -57,6 +59,8 @@ class Request:
     """The source layer of each target layer, by the axis that counts them."""
     parameters: tuple[int, int]
     """How many the source has and the target will have."""
+    more: int = 0
+    """How many of them a head takes that was untied."""
     blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The target layers that are sums of the source's, as a plan has them."""
     method: str = ""
@@ -242,14 +246,10 @@ class Request:
             return self
         for node in tied:
             node.tie_word_embeddings = False
-        texts = [
-            self.certificate.layouts[name]
-            for name in self.certificate.tied
-            if name in self.certificate.layouts
-        ]
-        more = sum(int(np.prod([length(dim, self.after) for dim in parse(text)])) for text in texts)
+        parameters = sum(map(math.prod, census(self.model_class, config).values()))
+        more = parameters - self.parameters[1]
         logger.warning("the head is untied from the embedding: %s parameters more", f"{more:,}")
-        return replace(self, target_config=config, parameters=(self.parameters[0], self.parameters[1] + more))
+        return replace(self, target_config=config, parameters=(self.parameters[0], parameters), more=more)
 
     def fan_in_gains(self, without: Collection[str] = ()) -> dict[str, float]:
         """sqrt(fan-in of the source / fan-in of the target) for every matrix that reads a shrunk axis.
@@ -320,6 +320,7 @@ class Request:
             target_sizes=self.after,
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
+            untied=self.more,
             layers={axis: tuple(kept) for axis, kept in self.layers.items()},
             blends=dict(self.blends),
             maps={**maps, **self._chosen_tokens()},
