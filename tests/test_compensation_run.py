@@ -89,6 +89,16 @@ def test_what_output_cannot_set_is_named(family: str, changes: dict[str, Any], w
         start(families.model(family, **changes), "output", ffn=64)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_start_of_any_type_is_fitted(family: str, dtype: str) -> None:
+    source = families.model(family).to(getattr(torch, dtype))
+    options = {**NARROW[family], "method": "subclone", "dtype": dtype}
+    plain, made = start(source, **options), start(source, "output", **options)
+    assert made.dtype == getattr(torch, dtype)
+    assert divergence(source, made) < divergence(source, plain)
+
+
 def test_without_logits_or_words_there_is_nothing_to_compare() -> None:
     source = families.model("llama")
     with pytest.raises(CalibrationError, match="gives none"):
@@ -146,7 +156,7 @@ def _given(model: PreTrainedModel, module: torch.nn.Module) -> Tensor:
 def test_the_first_writer_is_the_least_squares_solution(family: str) -> None:
     """Against PyTorch's lstsq on the rows themselves, the penalty as rows of their own."""
     source = families.model(family).double()
-    options = {**NARROW[family], "dtype": "float64"}
+    options = {**NARROW[family], "method": "subclone", "dtype": "float64"}
     plain, made = start(source, **options), start(source, "least_squares_drifted", **options)
     writer, norm = {
         "llama": ("model.layers.0.self_attn.o_proj", "model.layers.0.post_attention_layernorm"),

@@ -21,8 +21,10 @@ from hf_ws.store import Source
 
 TOKENS = 4096
 """How many tokens the fit looks at, evenly spread."""
-STEPS = 25
+STEPS = 100
 """How many steps of L-BFGS it takes at most."""
+ENOUGH = 1e-6
+"""It ends when a step lowers the divergence by less, in nats a token."""
 PIECE = 2**23
 """Logits at a time."""
 LEAST = 1e-9
@@ -50,7 +52,7 @@ def output(
     reads = [_spread(running, model, head) for model in (teacher, student)]
     module = student.get_submodule(norm)
     bias = getattr(module, "bias", None)
-    plain = torch.zeros(len(module.weight)) if bias is None else bias.detach().cpu()
+    plain = torch.zeros(len(module.weight)) if bias is None else bias.detach().float().cpu()
     found = _fitted(
         (teacher.get_submodule(head), reads[0]),
         (student.get_submodule(head), reads[1]),
@@ -118,7 +120,11 @@ def _fitted(
     by = torch.ones(len(plain), requires_grad=True)
     more = torch.zeros(len(plain), requires_grad=shifts)
     search = torch.optim.LBFGS(
-        [by, more] if shifts else [by], max_iter=STEPS, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+        [by, more] if shifts else [by],
+        max_iter=STEPS,
+        tolerance_grad=1e-7,
+        tolerance_change=ENOUGH,
+        line_search_fn="strong_wolfe",
     )
     seen: list[tuple[float, Tensor, Tensor]] = []
 

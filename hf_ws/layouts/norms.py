@@ -60,7 +60,7 @@ def offset_of(norm: nn.Module) -> float:
         return 0.0
     kept = weight.clone()
     weight.zero_()
-    probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(1))
+    probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(1)).to(weight)
     moved = norm(probe) - (getattr(norm, "bias", None) if getattr(norm, "bias", None) is not None else 0.0)
     weight.copy_(kept)
     return float(bool(moved.abs().max() > 0))
