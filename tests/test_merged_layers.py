@@ -69,20 +69,21 @@ def test_layers_that_do_not_differ_stay_as_they_are(method: str) -> None:
 
 
 @given(data=st.data())
-def test_every_layer_is_in_one_sum_and_the_weights_are_one(data: st.DataObject) -> None:
+def test_a_run_is_its_first_and_what_the_others_differ_by(data: st.DataObject) -> None:
+    """With the weights of layer i the i-th unit vector, so that what is made shows each layer's share."""
     depth = data.draw(st.integers(1, 10))
     keep = data.draw(st.integers(1, depth))
     numbers = data.draw(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=depth, max_size=depth))
     found = merge_neighbours(depth, keep, Context("layers", Told(dict(enumerate(numbers)))))
-    assert found[:2] == (0, 1)[:keep]
-    assert keep == 1 or 0 not in found.blends
-    assert list(found) == sorted(set(found))
+    starts = sorted([*range(keep)[:2], *sorted(range(2, depth), key=numbers.__getitem__)[: max(0, keep - 2)]])
+    runs = [range(a, b) for a, b in zip(starts, [*starts[1:], depth], strict=True)]
+    theta = torch.eye(depth)
     assert len(found) == keep
-    parts = [found.blends.get(target, {start: 1.0}) for target, start in enumerate(found)]
-    assert [number for part in parts for number in part] == list(range(depth))  # each in one run, in order
-    assert all(sum(part.values()) == 1.0 for part in parts)
-    taken = {*range(depth)} - {*found}
-    assert max((numbers[i] for i in found[2:]), default=0.0) <= min((numbers[i] for i in taken), default=1.0)
+    for target, (own, run) in enumerate(zip(found, runs, strict=True)):
+        made = sum(share * theta[i] for i, share in found.blends.get(target, {own: 1.0}).items())
+        assert torch.equal(made, theta[run[0]] + sum(theta[i] - theta[run[0]] for i in run[1:]))
+        assert made[own] != 0  # what is fitted goes by a layer that is in the sum
+        assert target not in found.blends or made.count_nonzero() > 1
 
 
 def test_a_saved_plan_merges_again(tmp_path: Path) -> None:
