@@ -104,6 +104,8 @@ def test_folders_globs_and_files(tmp_path) -> None:
     assert [d.text for d in text_files([tmp_path / "c.bin", tmp_path / "*.py"])] == ["not text", "print(1)\n"]
     assert [d.name for d in text_files([tmp_path], suffixes=[".py"])] == ["a.py"]
     assert [d.text for d in load_text([tmp_path / "a.py"])] == ["print(1)\n"]
+    # What a text is held out by does not depend on where the files lie.
+    assert [d.name for d in load_text(str(tmp_path / "**" / "[ab].*"))] == ["a.py", "deep/b.txt"]
 
 
 def test_texts_and_datasets() -> None:

@@ -7,6 +7,7 @@ documents = text_files(["books/", "more.jsonl"])
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import logging
 import re
@@ -157,7 +158,8 @@ def _files(path: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     found = sorted(f for f in map(Path, glob.glob(str(place), recursive=True)) if f.is_file())  # noqa: PTH207
     if not found:
         raise DataError(f"{path} does not exist; give files, folders, globs or {STDLIB!r}")
-    return [(file.as_posix(), file) for file in found]
+    root = Path(*itertools.takewhile(lambda part: not _GLOB.search(part), place.parts))
+    return [(file.relative_to(root).as_posix(), file) for file in found]
 
 
 def read_file(
