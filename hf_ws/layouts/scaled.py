@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_ws.axes import HIDDEN, kind_of, parse
 from hf_ws.layouts import run
-from hf_ws.layouts.certify import Certificate
-from hf_ws.layouts.miniature import inputs, miniatures
-from hf_ws.sizes import sizes_of
 
-_SCALED: dict[tuple[type[PreTrainedModel], str], dict[str, str]] = {}
+_EMBEDDING = nn.functional.embedding
 
 
 def scaled(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, certificate: Certificate
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layouts: Mapping[str, str],
+    sizes: Mapping[str, int],
+    stacks: Collection[str],
 ) -> dict[str, str]:
     """The embeddings of which sqrt(length of the stream) times a row goes into the stream, by name, with that axis.
 
-    Seen by doubling an embedding: what enters the first layer then grows by so many of its rows. Remembered.
+    Seen by doubling an embedding: what enters the first layer then grows by so many of its rows.
+
+    Args:
+        model: A miniature that can be run, in float64.
+        inputs: What it is run with.
+        layouts: Of every tensor.
+        sizes: Of every axis.
+        stacks: The module lists that hold layers.
     """
-    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
-    if key not in _SCALED:
-        small = miniatures(model_class, config)[0]
-        with run.plain_arithmetic(small):
-            model = run.perturbed(run.build(model_class, small))
-            _SCALED[key] = _found(model, certificate)
-    return _SCALED[key]
-
-
-def _found(model: PreTrainedModel, certificate: Certificate) -> dict[str, str]:
-    given, sizes = inputs(model), sizes_of(model.config)
-    firsts = [
-        m for name, m in model.named_modules() if name.endswith(".0") and name[:-2] in certificate.stacks
-    ]
-    found = {}
+    firsts = [m for name, m in model.named_modules() if name.endswith(".0") and name[:-2] in stacks]
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
-        layout = parse(certificate.layouts.get(f"{name}.weight", ""))
+        layout = parse(layouts.get(f"{name}.weight", ""))
         if not isinstance(module, nn.Embedding) or len(layout) != 2:
             continue
         axis = layout[1].expression
         if not isinstance(axis, str) or kind_of(axis) != HIDDEN:
             continue
-        rows: list[Tensor] = []
-        hook = module.register_forward_pre_hook(lambda m, ids, rows=rows: rows.append(m.weight[ids[0]]))
-        before = _entering(model, given, firsts)
-        hook.remove()
+        before, rows = _entering(model, inputs, firsts, module)
         module.weight.mul_(2)
-        after = _entering(model, given, firsts)
+        after, _ = _entering(model, inputs, firsts, module)
         module.weight.div_(2)
         grown = [b - a for a, b in zip(before, after, strict=True)]
         if any(_is_scaled(more, own, sizes[axis]) for more in grown for own in rows):
@@ -61,20 +53,30 @@ def _found(model: PreTrainedModel, certificate: Certificate) -> dict[str, str]:
     return found
 
 
-def _entering(model: PreTrainedModel, given: Mapping[str, Tensor], firsts: list[nn.Module]) -> list[Tensor]:
-    """What enters the first layer of each stack that runs."""
+def _entering(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], firsts: list[nn.Module], table: nn.Embedding
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What enters the first layer of each stack that runs, and the rows that are looked up in a table."""
     seen: list[Tensor] = []
+    rows: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         stream = args[0] if args else kwargs.get("hidden_states")
         if isinstance(stream, Tensor):
             seen.append(stream.clone())
 
+    def look_up(ids: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
+        found = _EMBEDDING(ids, weight, *args, **kwargs)  # type: ignore[arg-type]
+        if weight is table.weight:
+            rows.append(found.clone())
+        return found
+
     hooks = [first.register_forward_pre_hook(note, with_kwargs=True) for first in firsts]
-    run.run(model, given)
+    with mock.patch("torch.nn.functional.embedding", look_up):
+        run.run(model, inputs)
     for hook in hooks:
         hook.remove()
-    return seen
+    return seen, rows
 
 
 def _is_scaled(grown: Tensor, rows: Tensor, size: int) -> bool:

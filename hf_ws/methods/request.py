@@ -35,7 +35,6 @@ from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.census import census
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
-from hf_ws.layouts.scaled import scaled
 from hf_ws.maps import AxisMap, Fold, Gather, called
 from hf_ws.methods.kv import copied
 from hf_ws.plan import Plan
@@ -288,10 +287,9 @@ class Request:
 
         A tied head is multiplied along, which is just its gain of fan-in.
         """
-        found = scaled(self.model_class, self.source_config, self.certificate)
         return {
             name: float(np.sqrt(self.before[axis] / self.after[axis]))
-            for name, axis in found.items()
+            for name, axis in self.certificate.scaled.items()
             if self.before[axis] != self.after[axis]
         }
 
