@@ -19,14 +19,14 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_ws import compensation as compensations
 from hf_ws import search, store
 from hf_ws.asked import Ask, dtype_of
 from hf_ws.axes import LAYERS, VOCAB, kind_of
-from hf_ws.compensation import COMPENSATIONS
-from hf_ws.depth import Context, LayerPolicy, behind_the_first, kept_layers
+from hf_ws.depth import Context, LayerPolicy, behind_the_first, blends_of, kept_layers
 from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
-from hf_ws.errors import PlanError, unknown
+from hf_ws.errors import PlanError
 from hf_ws.evidence import Observation, calibration_inputs, observe, tokenizer_of
 from hf_ws.layouts import certify as certify_class
 from hf_ws.layouts.census import Shapes, census, check_census, check_same_parts, wanting_the_first
@@ -290,8 +290,7 @@ def _observed(opened: store.Source, ask: Ask) -> Observation | None:
     wants = (*(policy_wants(ask.policy) or ()), *getattr(ask.chosen, "wants", ()))
     if (score := ask.method_args.get("score")) is not None:
         wants += score_wants(score)
-    if _compensation(ask, ask.chosen):
-        wants += ("moments",)
+    wants += compensations.wants_of(compensations.chosen(ask.compensation, ask.chosen))
     return observe(opened, ask.calibration, wants, ask.device)
 
 
@@ -350,12 +349,13 @@ def _planned(
         target_config=target,
         certificate=certificate,
         layers=kept,
+        blends=blends_of(kept, certificate.stacks, before),
         parameters=(sum(map(math.prod, before.values())), sum(map(math.prod, after.values()))),
         method=called(ask.method or method),
         method_args=ask.method_args,
         seed=ask.seed,
         calibrated=ask.calibration is not None,
-        compensation=_compensation(ask, method),
+        compensation=compensations.chosen(ask.compensation, method),
         vocabulary=ask.vocabulary,
     )
     request.check_fixed()
@@ -383,17 +383,7 @@ def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> 
             "no calibration data: ranked by weight magnitude. Importance by activation is the better start; "
             "pass calibration= with some text"
         )
-    return settle(plan, opened, evidence)
-
-
-def _compensation(ask: Ask, method: Method) -> tuple[str, ...]:
-    """What is to be done against what the maps lose: what is asked, or the method's own."""
-    if ask.compensation is None:
-        return tuple(getattr(method, "compensation", ()))
-    for name in ask.compensation:
-        if name not in COMPENSATIONS:
-            raise unknown("compensation", name, COMPENSATIONS)
-    return tuple(ask.compensation)
+    return settle(plan, opened, evidence, observed)
 
 
 def _label(source: SourceLike) -> str:

@@ -180,6 +180,16 @@ class Refit:
         return same and np.array_equal(self.read, other.read)
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A parameter of the target that was fitted whole, and is taken as it is."""
+
+    value: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and np.array_equal(self.value, other.value)
+
+
 @dataclass(frozen=True)
 class Fold:
     """A norm whose gain moves into what reads its output; its own becomes one number for all channels."""
@@ -195,7 +205,7 @@ class Fold:
 
 
 AxisMap = Gather | Rank | Turn | Dense | Merge | Blocks
-KINDS = {kind.__name__: kind for kind in (Gather, Rank, Turn, Dense, Merge, Blocks, Refit, Fold)}
+KINDS = {kind.__name__: kind for kind in (Gather, Rank, Turn, Dense, Merge, Blocks, Refit, Given, Fold)}
 
 
 def to_json(key: str, value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -213,7 +223,7 @@ def from_json(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
     """The map that `to_json` wrote. Raises KeyError for an unknown kind or a matrix that is not there."""
     own = dict(fields)
     kind = KINDS[own.pop("kind")]
-    for name in ("write", "read", "rest", "blocks"):
+    for name in ("write", "read", "rest", "blocks", "value"):
         if isinstance(own.get(name), str):
             own[name] = arrays[own[name]]
     own |= {name: tuple(own[name]) for name in ("index", "readers") if name in own}

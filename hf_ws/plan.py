@@ -20,7 +20,21 @@ from safetensors.numpy import load_file, save_file
 from hf_ws.axes import AXES, HEADS, KV_HEADS, LAYERS, kind_of, layer_key, parse, sibling, split_key
 from hf_ws.errors import OutputError, PlanError
 from hf_ws.layouts.stacks import of_any_kind
-from hf_ws.maps import AxisMap, Blocks, Dense, Fold, Gather, Merge, Rank, Refit, Turn, from_json, to_json
+from hf_ws.maps import (
+    AxisMap,
+    Blocks,
+    Dense,
+    Fold,
+    Gather,
+    Given,
+    Merge,
+    Rank,
+    Refit,
+    Turn,
+    from_json,
+    to_json,
+)
+from hf_ws.tables import bytes_each, merged, table
 
 FORMAT = 3
 """Version of the saved form."""
@@ -61,23 +75,30 @@ class Plan:
     """The proven layout of every parameter, the layer's number written `*`."""
     parameters: tuple[int, int]
     """How many the source has and the target will have; what is tied counts once."""
+    untied: int = 0
+    """How many of the target's are there because its head is a tensor of its own, where the source's is tied."""
     layers: Mapping[str, tuple[int, ...]]
     """The source layer of each target layer, by the axis that counts them."""
     maps: Mapping[str, AxisMap]
     gains: Mapping[str, float] = field(default_factory=dict)
     """What a parameter is multiplied by; of a norm that is folded, what it is, for every channel."""
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    """What the class adds to a norm's gain before it multiplies, where that is not nothing (Gemma), layer numbers
+    written `*`: a gain of ours multiplies the sum."""
     fresh: tuple[str, ...] = ()
     """Parameters that the model class initialises; `*` alone means all."""
     folds: Mapping[str, Fold] = field(default_factory=dict)
     """The norms whose gains move into what reads them, by the gain."""
     refits: Mapping[str, Refit] = field(default_factory=dict)
     """The matrices whose reading side is fitted to what the target gives them to read, by target name."""
+    values: Mapping[str, Given] = field(default_factory=dict)
+    """The parameters that are fitted whole, by target name; what else is said of them does not count."""
     blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The source layers, by number, of which a target layer is the weighted sum where it is not one alone."""
     compensation: tuple[str, ...] = ()
     """What is to be done, when the data are read, against what the maps lose: names in `COMPENSATIONS`, in order."""
     compensated: tuple[str, ...] = ()
-    """What has been done; `refits` and `gains` are what came of it."""
+    """What has been done; `refits`, `gains` and `values` are what came of it."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """How the sizes were found where a goal was given: see `hf_ws.search.table.record`."""
 
@@ -108,6 +129,9 @@ class Plan:
         for name, refit in self.refits.items():
             if not self._is_parameter(name) or refit.read.ndim != 2 or not np.isfinite(refit.read).all():
                 yield f"refit of {name}, with a matrix {refit.read.shape}"
+        for name, given in self.values.items():
+            if not self._is_parameter(name) or not np.isfinite(given.value).all():
+                yield f"a value of {name} {given.value.shape}"
         yield from self._blend_problems()
         if unknown := [name for name in self.fresh if name != "*" and name not in self.layouts]:
             yield f"fresh {', '.join(unknown)}: no such parameter"
@@ -283,7 +307,7 @@ class Plan:
                 )
         path, arrays = Path(path), dict[str, np.ndarray]()
         values = {own.name: getattr(self, own.name) for own in fields(self)} | {"format": FORMAT}
-        for name in ("maps", "folds", "refits"):
+        for name in ("maps", "folds", "refits", "values"):
             values[name] = {key: to_json(f"{name}/{key}", m, arrays) for key, m in values[name].items()}
         try:
             if arrays:
@@ -303,7 +327,7 @@ class Plan:
                 raise PlanError(f"{path} is a plan of another format than {FORMAT}; make it again")
             beside = path.with_suffix(".safetensors")
             arrays = load_file(beside) if beside.is_file() else {}
-            for name in ("maps", "folds", "refits"):
+            for name in ("maps", "folds", "refits", "values"):
                 values[name] = {key: from_json(m, arrays) for key, m in values[name].items()}
             return cls(**_tuples(values))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -315,7 +339,7 @@ class Plan:
         commit = f" at {self.revision[:12]}" if self.revision else ""
         args = ", ".join(f"{name}={value!r}" for name, value in self.method_args.items())
         lines = [f"{self.method}({args}): {self.model_class} from {self.source}{commit}", ""]
-        lines += _table(["", "source", "target", "keeps"], list(self._rows()))
+        lines += table(["", "source", "target", "keeps"], list(self._rows()))
         for key, axis_map in self.maps.items():
             if "@" in key and not self._is_layer(key.partition("@")[2]) and not isinstance(axis_map, Blocks):
                 return "\n".join(
@@ -335,12 +359,11 @@ class Plan:
                 ]
         before, after = self.parameters
         yield ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
-        widths = [_bytes_each(config.get("dtype")) for config in (self.source_config, self.target_config)]
-        yield [
-            "bytes",
-            *(f"{count * width:,}" for count, width in zip(self.parameters, widths, strict=True)),
-            "",
-        ]
+        if self.untied:
+            yield ["of them untied", "0", f"{self.untied:,}", "the head, tied in the source"]
+        configs = (self.source_config, self.target_config)
+        widths = [bytes_each(config.get("dtype")) for config in configs]
+        yield ["bytes", f"{before * widths[0]:,}", f"{after * widths[1]:,}", ""]
 
     def _keeps(self, axis: str) -> str:
         names = [
@@ -352,7 +375,9 @@ class Plan:
         if self.is_fresh("*") or (names and all(map(self.is_fresh, names))):
             return "nothing: every weight is new"
         if axis in self.layers:
-            return str(Gather(self.layers[axis], self.source_sizes[axis]))
+            kept = str(Gather(self.layers[axis], self.source_sizes[axis]))
+            keys = (layer_key(axis, number) for number in range(len(self.layers[axis])))
+            return kept + merged([(*self.blends.get(str(key), ()),) for key in keys])
         scoped = [
             m
             for key, m in self.maps.items()
@@ -372,20 +397,3 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     if "layers" in plain:
         plain["layers"] = {stack: tuple(kept) for stack, kept in plain["layers"].items()}
     return plain
-
-
-def _bytes_each(dtype: Any) -> int:
-    return {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(dtype).removeprefix("torch."), 4)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row: list[str]) -> str:
-        first, *numbers, last = [
-            cell.ljust(w) if i in (0, 3) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join([first, *numbers, last]).rstrip()
-
-    return [line(head), line(["-" * w for w in widths]), *map(line, rows)]

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_ws.axes import EXPERTS, HEADS, KV_HEADS, Dim, Layout, kind_of, parse, sibling, split_key
-from hf_ws.compensation import COMPENSATIONS
+from hf_ws.axes import EXPERTS, HEADS, KV_HEADS, kind_of, sibling
+from hf_ws.compensation import COMPENSATIONS, Running
+from hf_ws.compensation import wants_of as compensation_wants
 from hf_ws.errors import CalibrationError, CheckpointError, PlanError
-from hf_ws.evidence import Evidence
-from hf_ws.layouts import Certificate, before, certify, generic, select, tensors_of
+from hf_ws.evidence import Evidence, Observation
+from hf_ws.layouts import Certificate, certify, generic, tensors_of
 from hf_ws.layouts.miniature import build_on_meta
-from hf_ws.layouts.select import Sides, along
-from hf_ws.layouts.turn import turned
-from hf_ws.maps import Blocks, Merge
+from hf_ws.making import Maker
+from hf_ws.maps import Merge
 from hf_ws.merges import settle_merge
 from hf_ws.plan import AxisMap, Dense, Gather, Plan, Rank, Turn
 from hf_ws.scores import Known, score_of, wants_of
@@ -33,14 +33,22 @@ from hf_ws.vocabulary import kept_tokens, renumbered
 logger = logging.getLogger(__name__)
 
 
-def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan:
+def settle(
+    plan: Plan, source: Source, evidence: Evidence | None = None, observed: Observation | None = None
+) -> Plan:
     """The plan with every `Rank` turned into the indices that score highest on this source.
 
     Ties go to the lower index, so two runs keep the same neurons. Indices stay in ascending order, which changes
     nothing in the function and keeps equal sizes bit-identical.
 
+    Args:
+        plan: What is to be settled.
+        source: The opened source.
+        evidence: What calibration found, where the plan wants it.
+        observed: The source on the data itself, for compensations that run the start on it.
+
     Raises:
-        CalibrationError: a score needs calibration data and there is none.
+        CalibrationError: something needs calibration data and there is none.
     """
     certificate = _certificate(plan, source)
     maps: dict[str, AxisMap] = dict(plan.maps)
@@ -86,8 +94,28 @@ def settle(plan: Plan, source: Source, evidence: Evidence | None = None) -> Plan
         maps |= settle_merge(plan, source, certificate, evidence, key, maps)
     settled = plan.with_maps(maps, gains=gains, fingerprint=source.fingerprint)
     for name in plan.compensation:
-        settled = COMPENSATIONS[name](settled, source, certificate, _needed(evidence, name))
+        settled = _compensated(name, settled, source, certificate, _needed(evidence, name), observed)
     return replace(settled, compensation=(), compensated=(*plan.compensated, *plan.compensation))
+
+
+def _compensated(
+    name: str,
+    plan: Plan,
+    source: Source,
+    certificate: Certificate,
+    evidence: Evidence,
+    observed: Observation | None,
+) -> Plan:
+    """The plan after one compensation."""
+    done = COMPENSATIONS[name]
+    if not getattr(done, "runs", False):
+        return done(plan, source, certificate, evidence)
+    if observed is None:
+        raise CalibrationError(
+            f"{name} runs the start on the calibration data, and there is only evidence of it"
+        )
+    running = Running(observed, partial(apply, source=source))
+    return done(plan, source, certificate, evidence, running)
 
 
 def _needed(evidence: Evidence | None, what: str) -> Evidence:
@@ -102,7 +130,7 @@ def _needed(evidence: Evidence | None, what: str) -> Evidence:
 def wanted(plan: Plan) -> tuple[str, ...]:
     """What `calibrate` has to collect for this plan to be settled."""
     turned = any(isinstance(m, Turn) for m in plan.maps.values())
-    found = dict.fromkeys(["moments"] if turned or plan.compensation else [])
+    found = dict.fromkeys([*(["moments"] if turned else []), *compensation_wants(plan.compensation)])
     for key, rank in plan.maps.items():
         if isinstance(rank, Rank):
             routed = (
@@ -215,7 +243,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """Every tensor of the target that the source has a part in."""
     certificate = _certificate(plan, source)
-    maker = _Maker(plan, source, certificate, dtype)
+    maker = Maker(plan, source, certificate, dtype)
     stacks = certificate.stacks.kept(plan.layers)
     tensors: dict[str, Tensor] = {}
     for name, parameter in tqdm(list(tensors_of(model).items()), desc="transferring", unit="tensor", delay=2):
@@ -231,112 +259,6 @@ def _tensors(
         )
         tensors[name] = made.contiguous()
     return tensors
-
-
-class _Maker:
-    """Makes the target's tensors one by one, as the plan says."""
-
-    def __init__(
-        self, plan: Plan, source: Source, certificate: Certificate, dtype: torch.dtype | None
-    ) -> None:
-        self._plan, self._source, self._stacks, self._dtype = plan, source, certificate.stacks, dtype
-        self._norms = {
-            (own.pattern, own.layer): own.name
-            for own in certificate.spelled(plan.layers, plan.folds)
-            if own.pattern in plan.folds
-        }
-
-    def made(self, name: str, pattern: str, layer: int | str | None) -> tuple[Tensor, Tensor]:
-        """A tensor of the target, and the source's that it is made of, whose memory it may share."""
-        plan, layout = self._plan, parse(self._plan.layouts[pattern])
-        weight = self._weight(name, layer)
-        maps = self._maps(layout, layer, name)
-        value, maps = self._folded(weight, pattern, layer, maps)
-        if value is None:
-            made = self._with_rest(weight, name, pattern, layer)
-            refit = plan.refits.get(name)
-            if refit is not None:
-                (at,) = [at for at, dim in enumerate(layout) if dim.reads]
-                made = along(made, at, refit.read)
-                layout = tuple(Dim(made.shape[at]) if d == at else dim for d, dim in enumerate(layout))
-            made = select(made, layout, plan.source_sizes, plan.target_sizes, maps)
-        gain = plan.gains.get(name, plan.gains.get(pattern, 1.0))
-        if value is None and gain != 1.0:
-            wide = made.to(torch.promote_types(made.dtype, self._dtype or made.dtype))
-            own = made.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
-            made = wide.mul_(gain) if own else wide * gain
-        return made if value is None else value, weight
-
-    def _weight(self, name: str, layer: int | str | None) -> Tensor:
-        """The source's tensor for one of the target's, or the sum of those of several layers."""
-        if layer is None:
-            return self._source.tensor(name)
-        layers = self._plan.layers
-        if str(layer) not in self._plan.blends:
-            return self._source.tensor(before(name, layer, self._stacks, layers))
-        axis, number = split_key(layer)
-        total = torch.zeros(())
-        for one, share in self._plan.blends[str(layer)].items():
-            kept = (*layers[axis][:number], int(one), *layers[axis][number + 1 :])
-            tensor = self._source.tensor(before(name, layer, self._stacks, {**layers, axis: kept}))
-            total = total + share * tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        return total
-
-    def _maps(
-        self, layout: Layout, layer: int | str | None, name: str
-    ) -> dict[str, np.ndarray | Sides | Blocks]:
-        maps: dict[str, np.ndarray | Sides | Blocks] = {}
-        for axis in {axis for dim in layout for axis in dim.axes}:
-            axis_map = self._plan.axis_map(axis, layer, name)
-            if isinstance(axis_map, Gather):
-                maps[axis] = axis_map.as_array
-            elif isinstance(axis_map, Dense):
-                maps[axis] = axis_map.write, axis_map.read
-            elif isinstance(axis_map, Blocks):
-                maps[axis] = axis_map
-            elif axis in self._plan.layers:
-                maps[axis] = np.asarray(self._plan.layers[axis])
-        return maps
-
-    def _folded(
-        self,
-        weight: Tensor,
-        pattern: str,
-        layer: int | str | None,
-        maps: dict[str, np.ndarray | Sides | Blocks],
-    ) -> tuple[Tensor | None, dict[str, np.ndarray | Sides | Blocks]]:
-        """A tensor's value where folding a norm says all about it, and the maps with the norm's gain in them."""
-        plan = self._plan
-
-        def gain(norm: str) -> Tensor | None:
-            if norm not in plan.layouts:
-                return None
-            own = layer if "*" in norm else None
-            return self._weight(self._norms[norm, own], own)
-
-        def level(norm: str) -> float:
-            named = self._norms.get((norm, layer if "*" in norm else None), norm)
-            return plan.gains.get(named, plan.gains.get(norm, 1.0))
-
-        value = None
-        for axis, sides in list(maps.items()):
-            if isinstance(sides, tuple):
-                own = {norm: fold for norm, fold in plan.folds.items() if fold.axis == axis}
-                value, maps[axis] = turned(weight, pattern, own, sides, gain, level)
-        return value, maps
-
-    def _with_rest(self, weight: Tensor, name: str, pattern: str, layer: int | str | None) -> Tensor:
-        """A bias with what its matrix no longer reads, on average; any other tensor as it is."""
-        owner, _, leaf = name.rpartition(".")
-        refit = self._plan.refits.get(f"{owner}.weight") if leaf == "bias" else None
-        if refit is None or refit.rest is None:
-            return weight
-        layout = parse(self._plan.layouts[f"{pattern.rpartition('.')[0]}.weight"])
-        (at,) = [at for at, dim in enumerate(layout) if dim.reads]
-        wide = self._weight(f"{owner}.weight", layer).double()
-        return weight.double() + torch.tensordot(
-            wide, torch.from_numpy(refit.rest).double(), dims=([at], [0])
-        )
 
 
 def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], seed: int, dtype: torch.dtype) -> None:

@@ -23,6 +23,9 @@ from tests import families
 
 IDS = families.tokens(8, 16)
 
+TIED = [
+    family for family in families.FAMILIES if getattr(families.config(family), "tie_word_embeddings", False)
+]
 AFTER_THE_SUM = ("opt_350m", *families.ENCODERS)
 """The norm's output is the stream."""
 ON_WHAT_IS_ADDED = ("gemma2", "gemma3_text", "olmo2")
@@ -69,7 +72,9 @@ def test_what_cannot_be_turned_is_said_and_selected_from(
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), chosen.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the others' heads are as wide as hidden says
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma"]
+)  # the others' heads are as wide as hidden says
 def test_what_lies_in_a_subspace_is_kept_whole(family: str) -> None:
     """A source whose stream never leaves some 32 of 64 directions, none of them a channel, loses nothing."""
     small = families.model(family, hidden_size=32, tie_word_embeddings=False)
@@ -141,8 +146,27 @@ def _in_a_subspace(family: str, small: PreTrainedModel) -> PreTrainedModel:
         layout = parse(certificate.layouts[pattern])
         sizes = sizes_of(source.config)
         made[name] = select(tensor, layout, size, sizes, {HIDDEN: own}) if value is None else value
+    if family == "gemma":  # its class multiplies by the root of hidden, which is twice as long
+        made["model.embed_tokens.weight"] *= 0.5**0.5
     source.load_state_dict(made)
     return source
+
+
+def test_a_tied_head_may_stay_tied() -> None:
+    """Then the basis is a selection, and the model has no parameter more than its sizes say."""
+    source = families.model("llama", tie_word_embeddings=True)
+    options = {"hidden": 32, "heads": 8, "kv_heads": 4, "calibration": IDS, "method": "rotation"}
+    free = AutoSubclone.from_pretrained(source, **options)
+    tied = AutoSubclone.from_pretrained(source, method_args={"untie": False}, **options)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert free.num_parameters() - tied.num_parameters() == families.VOCAB * 32
+    for model in (free, tied):
+        assert model.hf_ws_plan.parameters == (source.num_parameters(), model.num_parameters())
+    kept = list(tied.hf_ws_plan.maps[HIDDEN].index)
+    assert torch.equal(tied.lm_head.weight, source.lm_head.weight[:, kept])
+    untied = families.model("llama", tie_word_embeddings=False)
+    plans = [AutoSubclone.plan(untied, method_args=args, **options).maps for args in ({}, {"untie": False})]
+    assert plans[0] == plans[1]
 
 
 def test_without_data_there_is_no_basis() -> None:
@@ -177,3 +201,21 @@ def test_the_zero_mean_basis_is_orthonormal(size: int) -> None:
     np.testing.assert_allclose(basis.T @ basis, np.eye(size - 1), atol=1e-12)
     np.testing.assert_allclose(basis.sum(0), 0, atol=1e-12)
     np.testing.assert_allclose(with_mean(basis, basis), np.eye(size), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", sorted({*TIED} & {*TURNED}))
+def test_what_untying_costs_is_in_the_plan(family: str) -> None:
+    """Against the models themselves: with the head a tensor of its own, and with the same sizes tied."""
+    source = families.model(family)
+    made, tied = (AutoSubclone.plan(source, hidden=32, method=name) for name in ("rotation", "subclone"))
+    own, wanted = (sum(p.numel() for p in _empty(source, plan).parameters()) for plan in (made, tied))
+    assert made.parameters[1] == own
+    assert made.untied == own - wanted > 0
+    assert tied.untied == 0
+    line = next(line for line in str(made).splitlines() if line.startswith("of them untied"))
+    assert line.split()[4] == f"{own - wanted:,}"
+    assert "untied" not in str(tied)
+
+
+def _empty(source: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    return type(source)(type(source.config).from_dict(dict(plan.target_config)))

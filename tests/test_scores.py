@@ -286,3 +286,58 @@ def test_a_score_that_looks_at_data_needs_some(score: str) -> None:
 def test_which_scores_need_no_data_is_said_once() -> None:
     """A plan knows these names without importing the scores."""
     assert {name for name in SCORES if not wants_of(name)} == DATA_FREE
+
+
+def test_a_channel_that_repeats_another_is_not_kept_beside_it() -> None:
+    """Of each pair of channels, one louder than the other, `explained` keeps one, `activation` the loudest of all."""
+    model = families.model("llama").double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("embed_tokens.weight"):
+                parameter[:, 32:] = 2 * parameter[:, :32]
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[32:] = 2 * parameter[:32]
+    seen = known(model)
+    kept = SCORES["explained"](seen, HIDDEN, None).argsort(descending=True)[:32] % 32
+    assert sorted(kept.tolist()) == list(range(32))
+    assert (
+        SCORES["activation"](seen, HIDDEN, None)[32:].mean()
+        > SCORES["activation"](seen, HIDDEN, None)[:32].mean()
+    )
+
+
+def test_each_channel_is_the_one_that_explains_most() -> None:
+    """Against least squares on the streams themselves: no other channel would leave less of them."""
+    model = families.model("llama").double()
+    streams: list[Tensor] = []
+    norms = [module for module in model.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, args: streams.append(args[0].flatten(0, 1)))
+    families.logits(model, IDS)
+    scores = SCORES["explained"](known(model), HIDDEN, None)
+    places = [place / place.square().sum().sqrt() for place in streams[: len(norms)]]
+    whole = torch.cat(places)
+
+    def left(channels: list[int]) -> float:
+        fitted = torch.linalg.lstsq(whole[:, channels], whole).solution if channels else None
+        rest = whole if fitted is None else whole - whole[:, channels] @ fitted
+        return float(rest.square().sum())
+
+    order = scores.argsort(descending=True).tolist()
+    for count in range(3):
+        assert float(scores[order[count]]) == pytest.approx(left(order[:count]), rel=1e-4)
+        found = {
+            channel: left([*order[:count], channel]) for channel in range(64) if channel not in order[:count]
+        }
+        assert found[order[count]] == pytest.approx(min(found.values()), rel=1e-6)
+
+
+def test_explained_wants_data_and_a_norm() -> None:
+    source = families.model("llama")
+    with pytest.raises(CalibrationError, match="scores by explained need calibration data"):
+        AutoSubclone.from_pretrained(source, hidden=32, method="subclone", method_args={"score": "explained"})
+    bare = families.model("olmo")
+    with pytest.raises(CalibrationError, match="explained: no norm of hidden with a gain ran"):
+        AutoSubclone.from_pretrained(
+            bare, hidden=32, method="subclone", method_args={"score": "explained"}, calibration=IDS
+        )

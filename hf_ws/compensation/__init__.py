@@ -1,22 +1,53 @@
 """Compensation: what is done, once the maps are known, against what they lose.
 
 A compensation takes a plan whose maps are settled, the opened source, its certificate and the evidence, and returns
-the plan with refits or gains. They are done in the order in which they are named.
+the plan with refits, gains or values. They are done in the order in which they are named. One carries `wants`, the
+statistics that it looks at. One that has to run the start as it is so far carries `runs = True`, and takes a fifth
+argument, a `Running`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from hf_ws.compensation.least_squares import least_squares
+from hf_ws.compensation.least_squares_drifted import least_squares_drifted
+from hf_ws.compensation.least_squares_hidden import least_squares_hidden
 from hf_ws.compensation.mean_bias import mean_bias
-from hf_ws.evidence import Evidence
-from hf_ws.layouts import Certificate
+from hf_ws.compensation.output import output
+from hf_ws.compensation.rms import rms
+from hf_ws.compensation.running import Running
+from hf_ws.errors import unknown
 from hf_ws.plan import Plan
-from hf_ws.store import Source
 
-Compensation = Callable[[Plan, Source, Certificate, Evidence], Plan]
+Compensation = Callable[..., Plan]
 
-COMPENSATIONS: dict[str, Compensation] = {"least_squares": least_squares, "mean_bias": mean_bias}
+COMPENSATIONS: dict[str, Compensation] = {
+    "least_squares": least_squares,
+    "least_squares_drifted": least_squares_drifted,
+    "least_squares_hidden": least_squares_hidden,
+    "mean_bias": mean_bias,
+    "output": output,
+    "rms": rms,
+}
 
-__all__ = ["COMPENSATIONS", "Compensation", "least_squares", "mean_bias"]
+__all__ = ["COMPENSATIONS", "Compensation", "Running", "chosen", "wants_of", *COMPENSATIONS]
+
+
+def wants_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The statistics that these compensations look at."""
+    return tuple(dict.fromkeys(want for name in names for want in getattr(COMPENSATIONS[name], "wants", ())))
+
+
+def chosen(asked: Sequence[str] | None, method: Callable[..., Plan]) -> tuple[str, ...]:
+    """What is to be done against what the maps lose: what is asked, or the method's own.
+
+    Raises:
+        PlanError: a name that is not in `COMPENSATIONS`.
+    """
+    if asked is None:
+        return tuple(getattr(method, "compensation", ()))
+    for name in asked:
+        if name not in COMPENSATIONS:
+            raise unknown("compensation", name, COMPENSATIONS)
+    return tuple(asked)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,19 +40,31 @@ def least_squares(plan: Plan, source: Source, certificate: Certificate, evidence
 least_squares.wants = ("moments",)  # type: ignore[attr-defined]
 
 
-def cut(plan: Plan, certificate: Certificate, evidence: Evidence) -> Iterator[tuple[str, Tensor, Moments]]:
-    """Every matrix that reads fewer neurons or heads than the source's: its name in the target, which of the source's
-    inputs it keeps [target inputs], and their moments."""
+def cut(
+    plan: Plan, certificate: Certificate, evidence: Evidence, stream: bool = False
+) -> Iterator[tuple[str, Tensor, Moments]]:
+    """Every matrix that reads fewer neurons or heads than the source's, or fewer channels of a `stream`: its name in
+    the target, which of the source's inputs it keeps [target inputs], and their moments."""
+    tied = certificate.tied if _ties(plan.target_config) else ()
     for name, source, pattern, layer in certificate.spelled(plan.layers):
         reading = [dim for dim in parse(plan.layouts[pattern]) if dim.reads]
         axes = reading[0].axes if len(reading) == 1 else ()
-        if source not in evidence.moments or any(kind_of(axis) == HIDDEN for axis in axes):
+        if source not in evidence.moments or pattern in tied or plan.is_fresh(pattern):
+            continue
+        if stream is not any(kind_of(axis) == HIDDEN for axis in axes):
             continue
         maps = {axis: plan.axis_map(axis, layer, name) for axis in axes}
         if any(isinstance(m, Gather) and len(m) < m.size for m in maps.values()):
             arrays = {axis: m.as_array for axis, m in maps.items() if isinstance(m, Gather)}
             kept = positions(reading[0], plan.source_sizes, plan.target_sizes, arrays)
             yield name, torch.from_numpy(kept), evidence.moments[source]
+
+
+def _ties(config: Any) -> bool:
+    """Whether a config, or one inside it, ties the head to the embedding."""
+    if not isinstance(config, Mapping):
+        return False
+    return bool(config.get("tie_word_embeddings")) or any(map(_ties, config.values()))
 
 
 def fitted(second: Tensor, kept: Tensor) -> np.ndarray:

@@ -10,6 +10,8 @@ only asks for the loss), and takes a third argument, a `Context` with the eviden
     def my_policy(depth, keep, context): ...
     my_policy.wants = ("similarity",)
 
+One that merges returns `merged(layers, blends)`, with the sums of source layers that take their place.
+
 Each stack of a model (`encoder.layers`, `decoder.layers`) is asked for by itself.
 """
 
@@ -23,8 +25,10 @@ from hf_ws.depth.block_influence import block_influence
 from hf_ws.depth.context import Context
 from hf_ws.depth.evenly_spaced import evenly_spaced
 from hf_ws.depth.first import first
+from hf_ws.depth.kept import Kept, blends_of, merged
 from hf_ws.depth.last import last
 from hf_ws.depth.loss_increase import loss_increase
+from hf_ws.depth.merge_neighbours import merge_neighbours
 from hf_ws.depth.middle_dropped import middle_dropped
 from hf_ws.errors import CalibrationError, PlanError, SizeError, unknown
 
@@ -38,9 +42,21 @@ POLICIES: dict[str, LayerPolicy] = {
     "block_influence": block_influence,
     "angular_distance": angular_distance,
     "loss_increase": loss_increase,
+    "merge_neighbours": merge_neighbours,
 }
 
-__all__ = ["POLICIES", "Context", "LayerPolicy", "behind_the_first", "kept_layers", "wants_of", *POLICIES]
+__all__ = [
+    "POLICIES",
+    "Context",
+    "Kept",
+    "LayerPolicy",
+    "behind_the_first",
+    "blends_of",
+    "kept_layers",
+    "merged",
+    "wants_of",
+    *POLICIES,
+]
 
 
 def wants_of(policy: Any) -> tuple[str, ...] | None:
@@ -100,7 +116,7 @@ def _chosen(policy: Any, depth: int, keep: int, context: Context | None) -> tupl
         raise unknown("layer_policy", policy, POLICIES)
     found = policy if callable(policy) else POLICIES[policy]
     if wants_of(found) is None:
-        return tuple(found(depth, keep))
+        return _layers(found(depth, keep))
     if keep == depth:
         return tuple(range(depth))
     if context is None:
@@ -109,7 +125,11 @@ def _chosen(policy: Any, depth: int, keep: int, context: Context | None) -> tupl
         raise CalibrationError(
             f"layer_policy {name} looks at calibration data, and there is none; pass calibration=, or one of {static}"
         )
-    return tuple(found(depth, keep, context))
+    return _layers(found(depth, keep, context))
+
+
+def _layers(found: Sequence[int]) -> tuple[int, ...]:
+    return found if isinstance(found, Kept) else tuple(found)
 
 
 def behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -118,4 +138,5 @@ def behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, .
         raise PlanError(
             f"{axis}={len(kept)}: its one layer is unlike any that could follow it; leave it at 1"
         )
-    return (0, *(max(1, layer) for layer in kept[1:]))
+    behind = (0, *(max(1, layer) for layer in kept[1:]))
+    return merged(behind, kept.blends) if isinstance(kept, Kept) else behind

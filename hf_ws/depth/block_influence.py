@@ -14,14 +14,23 @@ def block_influence(depth: int, keep: int, context: Context) -> tuple[int, ...]:
     Raises:
         CalibrationError: a layer whose input and output cannot be compared.
     """
-    found = context.evidence.similarity
-    if blind := [layer for layer in range(depth) if context.key(layer) not in found]:
-        raise CalibrationError(
-            f"block_influence: of {context.axis} {blind} no input and output of one shape were seen; "
-            "name another layer_policy"
-        )
-    by_influence = sorted(range(depth), key=lambda layer: (found[context.key(layer)], layer))
-    return tuple(sorted(by_influence[:keep]))
+    found = similarity(depth, context, "block_influence")
+    return tuple(sorted(sorted(range(depth), key=lambda layer: (found[layer], layer))[:keep]))
 
 
 block_influence.wants = ("similarity",)  # type: ignore[attr-defined]
+
+
+def similarity(depth: int, context: Context, policy: str) -> list[float]:
+    """The mean cosine of each layer's input and output.
+
+    Raises:
+        CalibrationError: of one no input and output of one shape were seen.
+    """
+    found = context.evidence.similarity
+    if blind := [layer for layer in range(depth) if context.key(layer) not in found]:
+        raise CalibrationError(
+            f"{policy}: of {context.axis} {blind} no input and output of one shape were seen; "
+            "name another layer_policy"
+        )
+    return [found[context.key(layer)] for layer in range(depth)]

@@ -44,7 +44,7 @@ class Observation:
         data: Any,
         wants: tuple[str, ...],
     ) -> None:
-        self._model, self._tokenizer, self._data, self._wants = model, tokenizer, data, wants
+        self._load, self._tokenizer, self._data, self._wants = model, tokenizer, data, wants
         self._found = data if isinstance(data, Evidence) else None
 
     def evidence(self, wants: tuple[str, ...] = ()) -> Evidence:
@@ -56,12 +56,12 @@ class Observation:
         if self._found is None or not {*wants} <= {*self._found.wants}:
             self._wants = (*self._wants, *wants)
             self._found = calibrate(
-                self._source, self._batches, certificate=self._certificate, wants=self._wants
+                self.model, self.batches, certificate=self._certificate, wants=self._wants
             )
         return self._found
 
     def _check_sizes(self, evidence: Evidence) -> None:
-        sizes = sizes_of(self._source.config)
+        sizes = sizes_of(self.model.config)
         for (axis, _), values in evidence.items():
             if len(values) != sizes.get(axis):
                 raise CalibrationError(
@@ -71,23 +71,25 @@ class Observation:
 
     def loss(self, skipped: Collection[int | str] = ()) -> float:
         """The source's mean loss on the data, in nats, with some layers skipped: see `loss_without`."""
-        return loss_without(self._source, self._batches, self._certificate, skipped)
+        return loss_without(self.model, self.batches, self._certificate, skipped)
 
     @cached_property
-    def _source(self) -> PreTrainedModel:
-        return self._model()
+    def model(self) -> PreTrainedModel:
+        """The source."""
+        return self._load()
 
     @cached_property
     def _certificate(self) -> Certificate:
-        return certify(type(self._source), self._source.config)
+        return certify(type(self.model), self.model.config)
 
     @cached_property
-    def _batches(self) -> list[Mapping[str, Tensor]]:
+    def batches(self) -> list[Mapping[str, Tensor]]:
+        """The data as the model takes it. Raises CalibrationError where there is evidence in its place."""
         if isinstance(self._data, Evidence):
             raise CalibrationError(
-                "calibration= is evidence, and here the data itself is needed, to run the source with layers skipped"
+                "calibration= is evidence, and here the data itself is needed, to run models on it"
             )
-        config = self._source.config
+        config = self.model.config
         return [*calibration_inputs(config, self._data, self._tokenizer(), self._certificate)]
 
 

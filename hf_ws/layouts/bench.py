@@ -19,6 +19,7 @@ from hf_ws.layouts.head import head_of
 from hf_ws.layouts.infer import Inferred, tensors_of
 from hf_ws.layouts.miniature import inputs
 from hf_ws.layouts.outputs import Maps, distance, renumbered, seen
+from hf_ws.layouts.scaled import scaled
 from hf_ws.layouts.select import select
 from hf_ws.layouts.stacks import generic
 from hf_ws.sizes import sizes_of
@@ -112,6 +113,11 @@ class Bench:
         """The matrix that gives the logits, and the norm that it reads."""
         self.load(self.state)
         return head_of(self.model, self.inputs, self.plain, self.inferred.stacks)
+
+    def scaled(self, layouts: Mapping[str, str]) -> dict[str, str]:
+        """The embeddings that the class multiplies by the root of the stream's length."""
+        self.load(self.state)
+        return scaled(self.model, self.inputs, layouts, self.sizes, self.inferred.stacks)
 
     def unread(self) -> tuple[str, ...]:
         """Tensors that have no influence on the output: no gradient, and none when they change either.

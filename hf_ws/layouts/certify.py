@@ -59,6 +59,8 @@ class Certificate:
     """Position tables that the class computes; hidden is proven with these at zero, for a target computes its own."""
     tied: tuple[str, ...] = ()
     """Parameters that are another name of one earlier in `layouts` where the config ties embeddings."""
+    scaled: Mapping[str, str] = field(default_factory=dict)
+    """The embeddings that the class multiplies by sqrt(length of the stream), by name, and the axis of the stream."""
     head: str | None = None
     """The matrix that gives the logits."""
     head_norm: tuple[str, ...] = ()
@@ -188,6 +190,7 @@ def certificate_of(model_class: type[PreTrainedModel], inferred: Inferred) -> Ce
         unread=proof.unread,
         tables=proof.tables,
         tied=_tied(model_class, inferred.miniature),
+        scaled=proof.scaled,
         head=proof.head,
         head_norm=proof.head_norm,
     )

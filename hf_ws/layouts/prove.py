@@ -17,7 +17,7 @@ target keeps the first, and the proof is that it then gives the same on inputs t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -61,6 +61,8 @@ class Proof:
     unread: tuple[str, ...]
     tables: tuple[str, ...] = ()
     """Computed position tables that were set to zero for the proof."""
+    scaled: Mapping[str, str] = field(default_factory=dict)
+    """The embeddings that the class multiplies by sqrt(length of the stream), and its axis."""
     head: str | None = None
     """The matrix that gives the logits."""
     head_norm: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ def prove(model_class: type[PreTrainedModel], inferred: Inferred) -> Proof:
         error <= TOLERANCE,
         bench.unread(),
         bench.tables,
+        bench.scaled(layouts),
         **bench.head(),
     )
 

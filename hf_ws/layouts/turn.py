@@ -25,6 +25,7 @@ from hf_ws.layouts.bench import TOLERANCE
 from hf_ws.layouts.certify import Certificate, anchored
 from hf_ws.layouts.infer import tensors_of
 from hf_ws.layouts.miniature import inputs, miniatures
+from hf_ws.layouts.norms import centres, is_norm, offset_of
 from hf_ws.layouts.outputs import distance
 from hf_ws.layouts.select import Sides, select
 from hf_ws.layouts.stacks import generic
@@ -153,7 +154,7 @@ def _followed(
     readers: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         gain = parse(certificate.layouts.get(certificate.pattern(f"{name}.weight"), ""))
-        if _is_norm(module) and not [*module.children()]:
+        if is_norm(module) and not [*module.children()]:
             bare = not dict(module.named_parameters())
             if bare or (len(gain) == 1 and gain[0].expression == axis):
                 norms[name] = module
@@ -199,14 +200,14 @@ def _followed(
         patterns = tuple(sorted({name for name, _ in about}.union(before)))
         bias = certificate.pattern(f"{owner}.bias") if getattr(module, "bias", None) is not None else ""
         if patterns or getattr(module, "weight", None) is not None:  # a bare one may be of something else
-            folds[pattern] = Fold(axis, patterns, bias, _offset(module))
+            folds[pattern] = Fold(axis, patterns, bias, offset_of(module))
     size = sizes_of(model.config)[axis]
     used = [
         module
         for owner, module in norms.items()
         if generic(f"{owner}.weight", certificate.stacks)[0] in folds
     ]
-    return Turning(axis, folds, any(_centres(module, size) for module in used), float("inf"))
+    return Turning(axis, folds, any(centres(module, size) for module in used), float("inf"))
 
 
 def _reads(reader: str, norm: str, read: Mapping[str, set[str]]) -> bool:
@@ -219,29 +220,6 @@ def _reads(reader: str, norm: str, read: Mapping[str, set[str]]) -> bool:
         if seen:
             return seen == {norm}
     return False
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
-def _offset(norm: nn.Module) -> float:
-    """What the class adds to the gain: with a gain of zero there is still an output if it is one (Gemma)."""
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return 0.0
-    kept = weight.clone()
-    weight.zero_()
-    probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(1))
-    moved = norm(probe) - (getattr(norm, "bias", None) if getattr(norm, "bias", None) is not None else 0.0)
-    weight.copy_(kept)
-    return float(bool(moved.abs().max() > 0))
-
-
-def _centres(norm: nn.Module, size: int) -> bool:
-    """Whether the norm does not see what all channels have in common."""
-    probe = torch.randn(2, size, generator=torch.Generator().manual_seed(1))
-    return bool(torch.allclose(norm(probe), norm(probe + 3.0), atol=1e-6))
 
 
 def turned(

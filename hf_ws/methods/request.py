@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from hf_ws.axes import (
 )
 from hf_ws.errors import SizeError
 from hf_ws.layouts import Certificate, stack_of
+from hf_ws.layouts.census import census
 from hf_ws.layouts.irregular import alibi_index, rotary_index
 from hf_ws.layouts.prove import TOLERANCE
 from hf_ws.maps import AxisMap, Fold, Gather, called
@@ -56,7 +58,11 @@ class Request:
     """The source layer of each target layer, by the axis that counts them."""
     parameters: tuple[int, int]
     """How many the source has and the target will have."""
-    method: str
+    more: int = 0
+    """How many of them a head takes that was untied."""
+    blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The target layers that are sums of the source's, as a plan has them."""
+    method: str = ""
     method_args: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     calibrated: bool = False
@@ -226,6 +232,11 @@ class Request:
                     f"{groups}={enough}, or merge kv heads with method_args={{'kv_merge': 'least_squares'}}"
                 )
 
+    @property
+    def tied(self) -> bool:
+        """Whether the target's head is its embedding."""
+        return any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config))
+
     def untied(self) -> Request:
         """The same, for a target whose head is a tensor of its own."""
         config = deepcopy(self.target_config)
@@ -234,14 +245,10 @@ class Request:
             return self
         for node in tied:
             node.tie_word_embeddings = False
-        texts = [
-            self.certificate.layouts[name]
-            for name in self.certificate.tied
-            if name in self.certificate.layouts
-        ]
-        more = sum(int(np.prod([length(dim, self.after) for dim in parse(text)])) for text in texts)
+        parameters = sum(map(math.prod, census(self.model_class, config).values()))
+        more = parameters - self.parameters[1]
         logger.warning("the head is untied from the embedding: %s parameters more", f"{more:,}")
-        return replace(self, target_config=config, parameters=(self.parameters[0], self.parameters[1] + more))
+        return replace(self, target_config=config, parameters=(self.parameters[0], parameters), more=more)
 
     def fan_in_gains(self, without: Collection[str] = ()) -> dict[str, float]:
         """sqrt(fan-in of the source / fan-in of the target) for every matrix that reads a shrunk axis.
@@ -267,13 +274,24 @@ class Request:
 
     def _tied_gains(self, gains: dict[str, float]) -> dict[str, float]:
         """With a tied head, the head's gain moves to the norm before it, or is left out where there is none."""
-        if not any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config)):
+        if not self.tied:
             return gains
         for name in self.certificate.tied:
             gain = gains.pop(name, 1.0)
-            if name == self.certificate.head and gain != 1.0:
+            if name == self.certificate.head and gain != 1.0 and not self.embedding_gains():
                 gains |= dict.fromkeys(self.certificate.head_norm, gain)
         return gains
+
+    def embedding_gains(self) -> dict[str, float]:
+        """What makes up for a class that multiplies embeddings by sqrt(hidden), which is less in the target (Gemma).
+
+        A tied head is multiplied along, which is just its gain of fan-in.
+        """
+        return {
+            name: float(np.sqrt(self.before[axis] / self.after[axis]))
+            for name, axis in self.certificate.scaled.items()
+            if self.before[axis] != self.after[axis]
+        }
 
     def plan(
         self,
@@ -300,7 +318,9 @@ class Request:
             target_sizes=self.after,
             layouts=dict(self.certificate.layouts),
             parameters=self.parameters,
-            layers=dict(self.layers),
+            untied=self.more,
+            layers={axis: tuple(kept) for axis, kept in self.layers.items()},
+            blends=dict(self.blends),
             maps={**maps, **self._chosen_tokens()},
             gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
             fresh=fresh,

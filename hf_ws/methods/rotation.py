@@ -15,7 +15,9 @@ from hf_ws.plan import Plan
 from hf_ws.scores import Score
 
 
-def rotation(request: Request, *, score: str | Score | None = None, kv_merge: str | None = None) -> Plan:
+def rotation(
+    request: Request, *, score: str | Score | None = None, kv_merge: str | None = None, untie: bool = True
+) -> Plan:
     """One orthonormal basis for the whole stream; heads and neurons by importance, as `subclone` keeps them.
 
     The basis is that of the leading eigenvectors of the stream's second moments, where it is normed in each kept
@@ -36,6 +38,8 @@ def rotation(request: Request, *, score: str | Score | None = None, kv_merge: st
         request: What is asked.
         score: As for `subclone`; mean absolute activation by default.
         kv_merge: As for `subclone`.
+        untie: Whether a tied head may be untied, for so many parameters more as the head has. If not, the basis of a
+            tied model has to be a selection: its channels are kept by what they say of the others (`"explained"`).
 
     Raises:
         PlanError: an unknown score or merge.
@@ -45,8 +49,9 @@ def rotation(request: Request, *, score: str | Score | None = None, kv_merge: st
     taken = {key.partition("@")[0] for key in merges}
     request.check_heads(but=taken)
     turned: list[Turning] = []
+    free = untie or not request.tied
     for axis in (
-        axis for axis in request.axes if kind_of(axis) == HIDDEN and axis in request.certificate.axes
+        axis for axis in request.axes if kind_of(axis) == HIDDEN and axis in request.certificate.axes and free
     ):
         if request.before[axis] == request.after[axis]:
             continue
@@ -60,12 +65,14 @@ def rotation(request: Request, *, score: str | Score | None = None, kv_merge: st
         found.axis: Turn(request.after[found.axis], request.before[found.axis], found.centred)
         for found in turned
     }
-    maps |= ranked_maps(request, score or "activation", given={*maps, *taken}) | merges
+    maps |= (
+        ranked_maps(request, score or ("activation" if free else "explained"), given={*maps, *taken}) | merges
+    )
     folds = {name: fold for found in turned for name, fold in found.folds.items()}
-    gains = request.fan_in_gains(without={*maps} if turned else set())
+    gains = request.fan_in_gains(without={*maps} if turned else set()) | request.embedding_gains()
     return request.plan(maps, folds=folds, gains=gains)
 
 
 rotation.layer_policy = "middle_dropped"  # type: ignore[attr-defined]
-rotation.compensation = ("least_squares",)  # type: ignore[attr-defined]
+rotation.compensation = ("least_squares", "least_squares_hidden")  # type: ignore[attr-defined]
 rotation.wants = ("moments",)  # type: ignore[attr-defined]

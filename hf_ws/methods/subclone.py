@@ -31,7 +31,8 @@ def subclone(
 
     Args:
         request: What is asked.
-        rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target).
+        rescale: Multiply every matrix by sqrt(fan-in of the source / fan-in of the target), and the embedding so where
+            the class multiplies it by sqrt(hidden).
         score: A name in `SCORES`, or a score itself; mean absolute activation where there is calibration data, else
             weight magnitude. Inside fused experts and factorised embeddings no activation can be seen: they go by
             magnitude.
@@ -46,7 +47,8 @@ def subclone(
     taken = {key.partition("@")[0] for key in means}
     request.check_heads(but=taken)
     maps = ranked_maps(request, score, taken) | means
-    return request.plan(maps, gains=request.fan_in_gains() if rescale else {})
+    gains = request.fan_in_gains() | request.embedding_gains() if rescale else {}
+    return request.plan(maps, gains=gains)
 
 
 def ranked_maps(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_ws.errors import unknown
 from hf_ws.scores.activation import activation
+from hf_ws.scores.explained import explained
 from hf_ws.scores.known import Known
 from hf_ws.scores.l2_activation import l2_activation
 from hf_ws.scores.magnitude import magnitude
@@ -34,6 +35,7 @@ SCORES: dict[str, Score] = {
     "activation": activation,
     "l2_activation": l2_activation,
     "variance": variance,
+    "explained": explained,
     "taylor": taylor,
     "weighted_activation": weighted_activation,
     "magnitude": magnitude,

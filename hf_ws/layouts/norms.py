@@ -1,0 +1,72 @@
+"""What a class's norms do with their gain, and with what all channels have in common: seen by trying them."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_ws.layouts import run
+from hf_ws.layouts.certify import Certificate
+from hf_ws.layouts.miniature import miniatures
+from hf_ws.layouts.stacks import generic
+
+
+class Norm(NamedTuple):
+    """How a norm's output depends on what it is given."""
+
+    offset: float
+    """What the class adds to the gain it keeps: one (Gemma), or nothing."""
+    centred: bool
+    """Whether it takes out the mean over channels."""
+
+
+_NORMS: dict[tuple[type[PreTrainedModel], str], dict[str, Norm]] = {}
+
+
+def norms_of(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, certificate: Certificate
+) -> dict[str, Norm]:
+    """Every norm of `model_class(config)` that has a gain, by the gain's name in `layouts`; remembered."""
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _NORMS:
+        small = miniatures(model_class, config)[0]
+        with run.plain_arithmetic(small):
+            model = run.perturbed(run.build(model_class, small))
+            stacks = certificate.stacks.of(small)
+            _NORMS[key] = {
+                generic(f"{name}.weight", stacks)[0]: Norm(
+                    offset_of(module), centres(module, len(module.weight))
+                )
+                for name, module in model.named_modules()
+                if is_norm(module) and isinstance(getattr(module, "weight", None), torch.Tensor)
+                and module.weight.ndim == 1
+            }  # fmt: skip
+    return _NORMS[key]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is called a norm."""
+    return "norm" in type(module).__name__.lower()
+
+
+def offset_of(norm: nn.Module) -> float:
+    """What the class adds to the gain: with a gain of zero there is still an output if it is one (Gemma)."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return 0.0
+    kept = weight.clone()
+    weight.zero_()
+    probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(1)).to(weight)
+    moved = norm(probe) - (getattr(norm, "bias", None) if getattr(norm, "bias", None) is not None else 0.0)
+    weight.copy_(kept)
+    return float(bool(moved.abs().max() > 0))
+
+
+def centres(norm: nn.Module, size: int) -> bool:
+    """Whether the norm does not see what all channels have in common."""
+    probe = torch.randn(2, size, generator=torch.Generator().manual_seed(1))
+    return bool(torch.allclose(norm(probe), norm(probe + 3.0), atol=1e-6))
