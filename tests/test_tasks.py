@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -245,6 +246,31 @@ def test_pairs_are_learned(tmp_path: Path, masking) -> None:
         train(replace(config, source_column="from"), task="seq2seq", model=t5(), tokenizer=masking)
     with pytest.raises(PlanError, match="pairs want both"):
         train(replace(config, target_column=None), task="seq2seq", model=t5(), tokenizer=masking)
+
+
+def test_pairs_without_text_on_a_side_are_left_out_and_counted(tmp_path: Path, caplog) -> None:
+    """Also where the tokenizer makes a token of no text at all, as T5's does."""
+    ending = speaker(mask_token="<mask>")
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {ending.eos_token}", special_tokens=[(ending.eos_token, ending.eos_token_id)]
+    )
+    assert len(ending("")["input_ids"]) == 1
+    file = tmp_path / "pairs.jsonl"
+    pairs = [{"of": f"return {i}", "to": f"value = {i}"} for i in range(60)]
+    pairs += [{"of": " \n", "to": "a"}, {"of": "a", "to": None}, {"of": "", "to": ""}]
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    config = replace(
+        SHORT, train_files=[str(file)], eval_files=[str(file)], source_column="of", target_column="to"
+    )
+    job = prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
+    assert len(job.blocks) == 60
+    assert caplog.text.count("3 of 63 pairs lack text on a side; they are left out") == 2
+    file.write_text("\n".join(map(json.dumps, pairs[60:])))
+    with pytest.raises(DataError, match="3 pairs came and none has text on both sides"):
+        prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
+    file.write_text(json.dumps({"of": 7, "to": "a"}))
+    with pytest.raises(DataError, match="row 0: column 'of' holds int, not text; name another"):
+        prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
 
 
 class TestDocuments:

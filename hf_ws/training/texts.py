@@ -206,15 +206,18 @@ def _read_pieces(name: str, file: Path, longest: int) -> Iterator[Document]:
 
 
 def _read_json_lines(name: str, file: Path, column: str, bad: BadRows) -> Iterator[Document]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:  # JSON has no room for a byte order mark
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                bad.met(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deep')})")
+            except RecursionError:
+                bad.met(f"{where}: not JSON (nested too deep)")
+                continue
+            except ValueError as error:  # JSONDecodeError, and that of a number of too many digits
+                bad.met(f"{where}: not JSON ({getattr(error, 'msg', error)})")
                 continue
             if not isinstance(row, dict) or not isinstance(row.get(column, ""), str | None):
                 bad.met(f"{where}: no text under {column!r}")
