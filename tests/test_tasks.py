@@ -273,6 +273,21 @@ def test_pairs_without_text_on_a_side_are_left_out_and_counted(tmp_path: Path, c
         prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
 
 
+def test_a_dataset_that_is_a_script_is_refused_with_advice(monkeypatch, masking) -> None:
+    """Whether its rows are texts or pairs."""
+
+    def scripted(*_, **__) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+
+    monkeypatch.setattr("datasets.load_dataset", scripted)
+    for columns in ({}, {"source_column": "of", "target_column": "to"}):
+        config = replace(SHORT, dataset="owner/name", **columns)
+        with pytest.raises(
+            DataError, match="it is made by a script, which is not run: take its Parquet copy"
+        ):
+            prepare(config, task="seq2seq", model=t5(), tokenizer=masking)
+
+
 class TestDocuments:
     """What is packed into one block, each as if it stood alone."""
 
