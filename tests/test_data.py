@@ -291,3 +291,17 @@ def test_the_standard_library_is_split_by_paths() -> None:
             assert (int(hashlib.sha256(document.name.encode()).hexdigest(), 16) % 20 == 0) == held
             assert document.text == (root / document.name).read_text(encoding="utf-8", errors="replace")
     assert np.all(["site-packages" not in document.name for document in train])
+
+
+def test_a_package_of_the_standard_library_is_split_as_in_the_whole() -> None:
+    whole = [{document.name for document in side} for side in split_held_out(load_text("stdlib"))]
+    part = [{document.name for document in side} for side in split_held_out(load_text("stdlib:email"))]
+    assert "email/mime/text.py" in part[0] | part[1]
+    for own, all_of_it in zip(part, whole, strict=True):
+        assert own == {name for name in all_of_it if name.startswith("email/")}
+    assert len(text_files(["stdlib:json", "stdlib:email"])) > len(part[0] | part[1])
+    for name in ("stdlib:emial", "stdlib:../json"):
+        with pytest.raises(
+            DataError, match=rf"{name}: the standard library has no such package; .*, email, "
+        ):
+            load_text(name)
