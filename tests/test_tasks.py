@@ -361,3 +361,14 @@ def test_a_mixture_takes_from_each_source_by_its_weight(tmp_path: Path, masking)
     assert sorted(own[first : 2 * first].tolist()) == list(range(first))
     assert not torch.equal(own[:first], own[first : 2 * first])
     assert len(jobs[0].held_out) > 0
+
+    (tmp_path / "own.txt").write_text("gamma 7 " * 400)
+    config = replace(SHORT, mixture=mixture, eval_files=[str(tmp_path / "own.txt")], max_eval_blocks=0)
+    (whole, _), _ = (job := prepare(config, model=model, tokenizer=masking)).parts
+    assert whole > first  # nothing of the sources is held out
+    alone = prepare(
+        replace(config, mixture={}, train_files=[str(tmp_path / "a.jsonl")]), model=model, tokenizer=masking
+    )
+    assert whole == len(alone.blocks)
+    assert torch.equal(job.held_out[:]["input_ids"], alone.held_out[:]["input_ids"])
+    assert job.bytes_per_token == alone.bytes_per_token
