@@ -6,7 +6,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -125,7 +127,11 @@ def test_texts_and_datasets() -> None:
         ('{"txt": "a"}\n', "line 1: no key 'text', only txt"),
         ('{"text": 3}\n', "line 1: no text under 'text'"),
         ("\n", "no text in them"),
+        ("", "no text in them"),
+        (f'{{"text": "a", "n": {"9" * 5000}}}\n', "line 1: not JSON .*digits"),
+        ("[" * 100_000, "line 1: not JSON .nested too deep"),
     ],
+    ids=["half", "key", "type", "blank", "empty", "digits", "deep"],
 )
 def test_bad_json_lines_name_file_and_line(tmp_path, content: str, message: str) -> None:
     (tmp_path / "x.jsonl").write_text(content)
@@ -147,6 +153,48 @@ def test_bad_json_lines_name_file_and_line(tmp_path, content: str, message: str)
 def test_what_is_not_there_is_refused(source, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_text(source)
+
+
+def test_files_of_other_systems_are_read(tmp_path) -> None:
+    """A byte order mark is no part of a table, and lines may end as on Windows."""
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one\\r\\n"}\r\n{"text": "\\ud800"}\r\n')
+    assert [document.text for document in load_text(tmp_path)] == ["one\r\n", "\ud800"]
+    (tmp_path / "x.jsonl").write_bytes(b"a\r\nb\x00\r\n")
+    (tmp_path / "x.jsonl").rename(tmp_path / "x.txt")
+    assert [document.text for document in load_text(tmp_path)] == ["a\nb\x00\n"]
+
+
+def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(tmp_path, caplog) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "good"}\n{"text": \n{"txt": 1}\n[1]\n{"text": 5}\n')
+    assert [document.text for document in load_text(file, skip_bad=True)] == ["good"]
+    assert f"4 bad rows are skipped, the first: {file}, line 2: not JSON" in caplog.text
+    with pytest.raises(
+        DataError, match=r"x.jsonl, line 2: not JSON .*mend or remove it, or set skip_bad_rows"
+    ):
+        load_text(file)
+
+
+def test_tables_without_the_column_or_a_row_are_refused(tmp_path) -> None:
+    rows = pyarrow.table(
+        {"body": pyarrow.array([], pyarrow.string()), "n": pyarrow.array([], pyarrow.int64())}
+    )
+    parquet.write_table(rows, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet has no column 'text', only body, n; name its text"):
+        load_text(tmp_path)
+    with pytest.raises(DataError, match="0 documents and no text in them"):
+        load_text(tmp_path, column="body")
+    with pytest.raises(DataError, match="the dataset: 0 documents and no text in them"):
+        load_text(datasets.Dataset.from_dict({"text": []}))
+
+
+def test_a_row_of_a_million_characters_is_packed_whole(tokenizer) -> None:
+    text = "x + 1, " * 150_000
+    packed = pack([text], tokenizer, 64, progress=False)
+    assert packed.dropped_tokens < 64
+    read = tokenizer.decode(packed.dataset[:]["input_ids"].flatten())
+    assert text.startswith(read.removesuffix(END))
+    assert len(read) >= len(text) - 64 * 8
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path) -> None:
@@ -243,3 +291,17 @@ def test_the_standard_library_is_split_by_paths() -> None:
             assert (int(hashlib.sha256(document.name.encode()).hexdigest(), 16) % 20 == 0) == held
             assert document.text == (root / document.name).read_text(encoding="utf-8", errors="replace")
     assert np.all(["site-packages" not in document.name for document in train])
+
+
+def test_a_package_of_the_standard_library_is_split_as_in_the_whole() -> None:
+    whole = [{document.name for document in side} for side in split_held_out(load_text("stdlib"))]
+    part = [{document.name for document in side} for side in split_held_out(load_text("stdlib:email"))]
+    assert "email/mime/text.py" in part[0] | part[1]
+    for own, all_of_it in zip(part, whole, strict=True):
+        assert own == {name for name in all_of_it if name.startswith("email/")}
+    assert len(text_files(["stdlib:json", "stdlib:email"])) > len(part[0] | part[1])
+    for name in ("stdlib:emial", "stdlib:../json"):
+        with pytest.raises(
+            DataError, match=rf"{name}: the standard library has no such package; .*, email, "
+        ):
+            load_text(name)

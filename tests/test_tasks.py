@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -247,6 +248,46 @@ def test_pairs_are_learned(tmp_path: Path, masking) -> None:
         train(replace(config, target_column=None), task="seq2seq", model=t5(), tokenizer=masking)
 
 
+def test_pairs_without_text_on_a_side_are_left_out_and_counted(tmp_path: Path, caplog) -> None:
+    """Also where the tokenizer makes a token of no text at all, as T5's does."""
+    ending = speaker(mask_token="<mask>")
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {ending.eos_token}", special_tokens=[(ending.eos_token, ending.eos_token_id)]
+    )
+    assert len(ending("")["input_ids"]) == 1
+    file = tmp_path / "pairs.jsonl"
+    pairs = [{"of": f"return {i}", "to": f"value = {i}"} for i in range(60)]
+    pairs += [{"of": " \n", "to": "a"}, {"of": "a", "to": None}, {"of": "", "to": ""}]
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    config = replace(
+        SHORT, train_files=[str(file)], eval_files=[str(file)], source_column="of", target_column="to"
+    )
+    job = prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
+    assert len(job.blocks) == 60
+    assert caplog.text.count("3 of 63 pairs lack text on a side; they are left out") == 2
+    file.write_text("\n".join(map(json.dumps, pairs[60:])))
+    with pytest.raises(DataError, match="3 pairs came and none has text on both sides"):
+        prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
+    file.write_text(json.dumps({"of": 7, "to": "a"}))
+    with pytest.raises(DataError, match="row 0: column 'of' holds int, not text; name another"):
+        prepare(config, task="seq2seq", model=t5(), tokenizer=ending)
+
+
+def test_a_dataset_that_is_a_script_is_refused_with_advice(monkeypatch, masking) -> None:
+    """Whether its rows are texts or pairs."""
+
+    def scripted(*_, **__) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+
+    monkeypatch.setattr("datasets.load_dataset", scripted)
+    for columns in ({}, {"source_column": "of", "target_column": "to"}):
+        config = replace(SHORT, dataset="owner/name", **columns)
+        with pytest.raises(
+            DataError, match="it is made by a script, which is not run: take its Parquet copy"
+        ):
+            prepare(config, task="seq2seq", model=t5(), tokenizer=masking)
+
+
 class TestDocuments:
     """What is packed into one block, each as if it stood alone."""
 
@@ -320,3 +361,14 @@ def test_a_mixture_takes_from_each_source_by_its_weight(tmp_path: Path, masking)
     assert sorted(own[first : 2 * first].tolist()) == list(range(first))
     assert not torch.equal(own[:first], own[first : 2 * first])
     assert len(jobs[0].held_out) > 0
+
+    (tmp_path / "own.txt").write_text("gamma 7 " * 400)
+    config = replace(SHORT, mixture=mixture, eval_files=[str(tmp_path / "own.txt")], max_eval_blocks=0)
+    (whole, _), _ = (job := prepare(config, model=model, tokenizer=masking)).parts
+    assert whole > first  # nothing of the sources is held out
+    alone = prepare(
+        replace(config, mixture={}, train_files=[str(tmp_path / "a.jsonl")]), model=model, tokenizer=masking
+    )
+    assert whole == len(alone.blocks)
+    assert torch.equal(job.held_out[:]["input_ids"], alone.held_out[:]["input_ids"])
+    assert job.bytes_per_token == alone.bytes_per_token

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -163,9 +164,10 @@ def interrupted(tmp_path_factory, tokenizer, blocks) -> Path:
     return run
 
 
-def resume(run: Path, blocks, **changes) -> None:
+def resume(run: Path, blocks, inputs: dict | None = None, **changes) -> None:
     config = replace(SHORT, output=str(run), save_every=2, keep_checkpoints=3, grad_accum=2, resume=True)
-    return train(replace(config, **changes), model=student(attention_dropout=0.3), **vars(blocks))
+    given = {"model": student(attention_dropout=0.3), **vars(blocks), **(inputs or {})}
+    return train(replace(config, **changes), **given)
 
 
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(interrupted, tmp_path, blocks) -> None:
@@ -191,9 +193,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(interrupted, tmp_path, 
         (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda c: (c / "model.safetensors").write_bytes(b"{}"), "model.safetensors has 2 bytes"),
         (lambda c: _flip(c / "scheduler.pt"), "scheduler.pt has changed"),
+        (lambda c: _flip(c / "model.safetensors"), "model.safetensors has changed"),
         (lambda c: [shutil.rmtree(c), c.mkdir()], "never finished"),
     ],
-    ids=["manifest", "optimizer", "weights", "schedule", "empty"],
+    ids=["manifest", "optimizer", "weights", "schedule", "flipped", "empty"],
 )
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_word(
     interrupted, tmp_path, caplog, damage, reason
@@ -231,6 +234,55 @@ def test_resume_with_other_settings_or_data_is_refused(interrupted, blocks) -> N
         resume(interrupted, other)
 
 
+@pytest.mark.parametrize(
+    ("changes", "inputs", "message"),
+    [
+        ({"batch_size": 2, "grad_accum": 4}, {}, "batch_size was 4, is 2; grad_accum was 2, is 4"),
+        ({"seed": 1}, {}, "seed was 0, is 1"),
+        ({"steps": 7}, {}, "steps was 6, is 7"),
+        ({}, {"model": student(seed=5, attention_dropout=0.3)}, r"start was 'LlamaForCausalLM, \w+', is"),
+        ({}, {"teacher": student(seed=3)}, "teacher was None, is 'LlamaForCausalLM"),
+        ({}, {"task": "mlm"}, "task was 'CausalLM', is 'MaskedLM'"),
+    ],
+    ids=["batch", "seed", "steps", "start", "teacher", "task"],
+)
+def test_resume_as_another_run_is_refused(interrupted, blocks, changes, inputs, message) -> None:
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
+    with pytest.raises(ResumeError, match=message):
+        resume(interrupted, blocks, **changes, inputs=inputs)
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
+
+
+def test_resume_with_other_processes_or_another_record_is_refused(interrupted, tmp_path, blocks) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"processes": 2}))
+    with pytest.raises(ResumeError, match="processes was 2, is 1"):
+        resume(run, blocks)
+    (run / "run.json").write_text(json.dumps(record)[:-9])
+    with pytest.raises(ResumeError, match=r"run.json cannot be read .*; start in a new folder"):
+        resume(run, blocks)
+
+
+def test_resume_with_another_tokenizer_is_refused(tmp_path, tokenizer) -> None:
+    """Of the same size, beside the same weights: the text has other ids."""
+    student().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    (tmp_path / "text.py").write_text("".join(TEXTS))
+    config = replace(
+        SHORT, model=str(tmp_path / "start"), output=str(tmp_path / "run"), steps=2, block=BLOCK, resume=True,
+        train_files=[str(tmp_path / "text.py")], save_model=False,
+    )  # fmt: skip
+    train(config)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["other text, " * 99], vocab_size=300, special_tokens=[END], show_progress=False)
+    other = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+    other.save_pretrained(tmp_path / "start")
+    with pytest.raises(ResumeError, match=r"data was '\d+ rows, \w+', is"):
+        train(config)
+
+
 def test_a_run_begun_before_a_setting_was_known_goes_on(interrupted, tmp_path, blocks) -> None:
     """It went by the default, so that alone resumes it."""
     run = tmp_path / "run"
@@ -264,6 +316,45 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, blocks) -> None:
     assert None in json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]).values()
 
 
+def test_no_checkpoint_is_written_of_a_loss_that_is_not_finite(tmp_path, blocks) -> None:
+    """Though losses are recorded less often than checkpoints are written."""
+    run = tmp_path / "run"
+    model = student()
+    spoilt = iter([False] * 4 + [True] * 99)
+
+    def broken(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if next(spoilt) else gradient
+
+    model.lm_head.weight.register_hook(broken)
+    config = replace(SHORT, output=str(run), steps=20, log_every=50, save_every=2, eval_every=0)
+    with pytest.raises(DivergenceError, match="is nan at step 6"):
+        train(config, model=model, **vars(blocks))
+    found = {path.name for path in run.glob("checkpoint-*")}
+    assert found == {"checkpoint-2", "checkpoint-4"}
+    assert all(tensor.isfinite().all() for name in found for tensor in weights(run / name).values())
+
+
+def test_a_live_teacher_is_neither_trained_nor_random(blocks) -> None:
+    """Also one that comes in training mode, with dropout."""
+    rows = []
+    for drop in (0.0, 0.5):
+        teacher = student(seed=3, attention_dropout=drop).train()
+        before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+        history = train(SHORT, model=student(), teacher=teacher, **vars(blocks))
+        rows.append([row["kd_loss"] for row in history.rows if "loss" in row])
+        assert same(teacher.state_dict(), before)
+        assert not any(parameter.grad is not None for parameter in teacher.parameters())
+    assert rows[0] == rows[1]
+
+
+def test_the_teachers_folder_is_no_place_for_the_student(tmp_path, blocks) -> None:
+    student(seed=3).save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        train(replace(SHORT, output=str(tmp_path)), model=student(), teacher=str(tmp_path), **vars(blocks))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("changes", "inputs", "error", "message"),
     [
@@ -284,6 +375,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, blocks) -> None:
             "in none a label is predicted",
         ),
         ({}, {"train_blocks": None}, DataError, "text came without a tokenizer"),
+        (
+            {},
+            {"train_blocks": datasets.Dataset.from_dict({"input_ids": []})},
+            DataError,
+            "dataset without rows",
+        ),
         ({}, {"teacher": student(vocab=301)}, DistillationError, "vocabulary has 301 entries"),
         ({"teacher": "./nowhere"}, {}, DistillationError, "teacher cannot be used"),
     ],
@@ -307,6 +404,9 @@ def test_a_teacher_that_is_the_student_is_refused(blocks) -> None:
         ({}, "steps=None and tokens=None; give one"),
         ({"steps": 1, "kd_weight": 1.5}, r"kd_weight=1.5; from 0 to 1"),
         ({"steps": 1, "kd_temperature": 0}, r"kd_temperature=0.0; above 0"),
+        ({"steps": 1, "kd_temperature": -1.0}, r"kd_temperature=-1.0; above 0"),
+        ({"steps": 1, "kd_temperature": math.nan}, r"kd_temperature=nan; above 0"),
+        ({"steps": 1, "kd_weight": math.nan}, r"kd_weight=nan; from 0 to 1"),
         ({"steps": 0, "batch_size": -1}, r"steps=0; at least 1; and batch_size=-1; at least 1"),
         ({"steps": 1, "learning_rate": "1e-4"}, r"learning_rate='1e-4'; allowed: number"),
         ({"steps": 1, "schedule": "linear"}, r"allowed: cosine, constant"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -136,6 +137,28 @@ class TestGuard:
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
         assert [row.get("left_out") for row in history.rows] == [None, None, 1, 1]
 
+    @pytest.mark.parametrize("log_every", [1, 2])
+    def test_the_figures_after_a_loss_that_is_no_number_are_as_without_it(self, blocks, log_every) -> None:
+        """It is in those of its own row, and in no later one."""
+
+        def losses(model: LlamaForCausalLM, nth: int) -> dict[int, float]:
+            config = replace(SHORT, nonfinite_steps=1, log_every=log_every, learning_rate=1e-30)
+            seen = [0]
+
+            def spoilt(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+                seen[0] += module.training
+                return output * float("nan") if seen[0] == nth else None
+
+            model.model.norm.register_forward_hook(spoilt)
+            return {row["step"]: row["loss"] for row in train(config, model=model, **vars(blocks)).rows}
+
+        whole, spoilt = losses(student(), 0), losses(student(), 3)
+        its_row = -(-3 // log_every) * log_every
+        assert not math.isfinite(spoilt.pop(its_row))
+        del whole[its_row]
+        assert len(whole) >= 2
+        assert spoilt == whole
+
     def test_too_many_in_a_row_end_the_run(self, tmp_path, blocks) -> None:
         run = tmp_path / "run"
         config = replace(SHORT, output=str(run), nonfinite_steps=2, steps=9, save_every=1)
@@ -234,6 +257,18 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, blocks, name: str) ->
     run_folder.mark_whole(run / "checkpoint-5")
     with pytest.raises(ResumeError, match=r"checkpoint-5 holds more than numbers, and is not opened"):
         train(config, model=student(), **vars(blocks))
+    assert not (tmp_path / "planted").exists()
+
+
+def test_settings_that_the_trainer_pickled_are_never_opened(tmp_path, blocks) -> None:
+    run = tmp_path / "run"
+    config = replace(SHORT, output=str(run), save_every=1, resume=True)
+    train(config, model=student(), **vars(blocks))
+    shutil.rmtree(run / "model")
+    torch.save(Planted(f"touch {tmp_path / 'planted'}"), run / "checkpoint-6" / "training_args.bin")
+    run_folder.mark_whole(run / "checkpoint-6")
+    train(config, model=student(), **vars(blocks))
+    assert (run / "model").is_dir()
     assert not (tmp_path / "planted").exists()
 
 
@@ -378,6 +413,69 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path, tokenizer) -> No
     assert checkpoint is not None
     assert not (run / "model").exists()
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] >= 3
+
+
+_SPOILT = """
+import sys
+import time
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from transformers import LlamaForCausalLM
+from hf_ws.errors import DivergenceError
+from hf_ws.training import TrainConfig, train
+
+folder, left_out = sys.argv[1], int(sys.argv[2])
+model, seen = LlamaForCausalLM.from_pretrained(f"{folder}/start"), [0]
+
+def spoilt(module, inputs, output):
+    seen[0] += model.training
+    return output * float("nan") if seen[0] == 4 and PartialState().process_index == 1 else output
+
+model.model.norm.register_forward_hook(spoilt)
+rows = torch.arange(16).repeat(64, 1)
+config = TrainConfig(
+    steps=6, batch_size=2, log_every=1, save_every=1, eval_every=0, output=f"{folder}/run-{left_out}", progress=False,
+    nonfinite_steps=left_out, save_model=False,
+)
+try:
+    train(config, model=model, train_blocks=rows)
+except DivergenceError as error:
+    said = [Path(folder, f"said-{rank}") for rank in (0, 1)]
+    said[PartialState().process_index].write_text(str(error))
+    for _ in range(300):  # the launcher ends the other one when one has gone
+        if all(one.exists() for one in said):
+            sys.exit(7)
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_what_one_process_meets_stops_or_is_left_out_by_all(tmp_path, left_out: int) -> None:
+    student().save_pretrained(tmp_path / "start")
+    (tmp_path / "spoilt.py").write_text(_SPOILT)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "recipes" / "accelerate" / "cpu2.yaml"), str(tmp_path / "spoilt.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(tmp_path), str(left_out)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    run = tmp_path / f"run-{left_out}"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = last_whole_checkpoint(run)[0]
+    if left_out:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [row.get("left_out") for row in rows] == [None, None, None, 1, None, None]
+        assert last.name == "checkpoint-6"
+    else:
+        assert done.returncode != 0
+        for rank in (0, 1):
+            said = tmp_path / f"said-{rank}"
+            assert said.exists(), done.stdout + done.stderr
+            assert "loss is nan and grad_norm is nan at step 4" in said.read_text()
+        assert last.name == "checkpoint-3"
+    model = LlamaForCausalLM.from_pretrained(last)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
 def _rank(launcher: int, wanted: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_ws.errors import DataError
-from hf_ws.training.texts import files_of
+from hf_ws.training.texts import files_of, from_hub
 
 if TYPE_CHECKING:
     import datasets
@@ -43,14 +43,15 @@ def rows_of(config: TrainConfig, columns: list[str]) -> tuple[datasets.Dataset, 
     if config.train_files:
         rows = _from_files(config, config.train_files, columns)
     elif config.dataset:
-        rows = _from_hub(config, config.dataset_split)
+        rows = from_hub(config.dataset, config.dataset_split, config.dataset_config)
     else:
         raise DataError("no data to train on; set train_files or dataset")
     rows = _with(rows, columns, "the training data")
     if config.eval_files:
         return rows, _with(_from_files(config, config.eval_files, columns), columns, "the held-out data")
     if config.eval_split:
-        return rows, _with(_from_hub(config, config.eval_split), columns, "the held-out data")
+        held_out = from_hub(str(config.dataset), config.eval_split, config.dataset_config)
+        return rows, _with(held_out, columns, "the held-out data")
     return split_rows(rows)
 
 
@@ -166,15 +167,6 @@ def _loaded(names: list[str], kind: str, **options: Any) -> datasets.Dataset:
         return datasets.load_dataset(kind, split="train", **options)
     except Exception as error:  # whatever the reader of that kind raises
         raise DataError(f"{', '.join(names)} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _from_hub(config: TrainConfig, split: str) -> datasets.Dataset:
-    import datasets
-
-    try:
-        return datasets.load_dataset(str(config.dataset), config.dataset_config, split=split)
-    except Exception as error:  # whatever the Hub client of the day raises
-        raise DataError(f"dataset {config.dataset!r} could not be loaded: {error}") from error
 
 
 def _with(rows: datasets.Dataset, columns: list[str], what: str) -> datasets.Dataset:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
 STDLIB = "stdlib"  # stands for the sources of Python's own standard library, a corpus on every machine
+_PART = f"{STDLIB}:"  # and with a name after it for one package of it
 _GLOB = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -65,8 +66,8 @@ def load_text(
     """The documents of a source.
 
     Args:
-        source: "stdlib"; a file, folder or glob; a list of `Path`s; a list of texts; a `datasets` dataset; or
-            the Hub name of one.
+        source: "stdlib", or a package of it ("stdlib:email"); a file, folder or glob; a list of `Path`s; a list of
+            texts; a `datasets` dataset; or the Hub name of one.
         split: The split read of a Hub dataset.
         column: The column or key that holds the text in datasets, JSON lines and Parquet.
         config_name: The configuration of a Hub dataset that has several.
@@ -99,7 +100,9 @@ def is_local(source: str | Path) -> bool:
         DataError: It is neither.
     """
     text = str(source)
-    if isinstance(source, Path) or text == STDLIB or _GLOB.search(text) or Path(text).expanduser().exists():
+    if isinstance(source, Path) or text == STDLIB or text.startswith(_PART) or _GLOB.search(text):
+        return True
+    if Path(text).expanduser().exists():
         return True
     if not _HUB_NAME.fullmatch(text):
         raise DataError(f"{text!r} is neither a file or folder here nor a dataset's Hub name ('owner/name')")
@@ -143,10 +146,8 @@ def named_files(paths: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Ite
 
 
 def _files(path: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
-    if path == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        found = sorted(f for f in root.rglob("*.py") if "site-packages" not in f.parts and f.stat().st_size)
-        return [(file.relative_to(root).as_posix(), file) for file in found]
+    if path == STDLIB or path.startswith(_PART):
+        return _standard_library(path.removeprefix(STDLIB)[1:])
     place = Path(path).expanduser()
     if place.is_dir():
         found = sorted(f for f in place.rglob("*") if f.suffix in suffixes and f.is_file())
@@ -159,6 +160,17 @@ def _files(path: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     if not found:
         raise DataError(f"{path} does not exist; give files, folders, globs or {STDLIB!r}")
     root = Path(*itertools.takewhile(lambda part: not _GLOB.search(part), place.parts))
+    return [(file.relative_to(root).as_posix(), file) for file in found]
+
+
+def _standard_library(package: str) -> list[tuple[str, Path]]:
+    """Its sources, or those of one package; the names are the same, so what is held out is too. Raises DataError."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    place = root / package
+    found = sorted(f for f in place.rglob("*.py") if "site-packages" not in f.parts and f.stat().st_size)
+    if not found or ".." in place.parts:
+        known = ", ".join(sorted(file.parent.name for file in root.glob("*/__init__.py")))
+        raise DataError(f"{_PART}{package}: the standard library has no such package; it has {known}")
     return [(file.relative_to(root).as_posix(), file) for file in found]
 
 
@@ -206,15 +218,18 @@ def _read_pieces(name: str, file: Path, longest: int) -> Iterator[Document]:
 
 
 def _read_json_lines(name: str, file: Path, column: str, bad: BadRows) -> Iterator[Document]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:  # JSON has no room for a byte order mark
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                bad.met(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deep')})")
+            except RecursionError:
+                bad.met(f"{where}: not JSON (nested too deep)")
+                continue
+            except ValueError as error:  # JSONDecodeError, and that of a number of too many digits
+                bad.met(f"{where}: not JSON ({getattr(error, 'msg', error)})")
                 continue
             if not isinstance(row, dict) or not isinstance(row.get(column, ""), str | None):
                 bad.met(f"{where}: no text under {column!r}")

@@ -282,6 +282,7 @@ class _Trainer(Trainer):
             for name, total in self._parts.items():
                 logs[name] = self.accelerator.reduce(total / steps, "mean").item()
             self._parts, self._batches = {}, 0
+            self._tr_loss.zero_()  # the Trainer takes the sum from itself, which a loss that is no number survives
         if "eval_loss" in logs:
             if self.job.task.predicts == "token":
                 logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))

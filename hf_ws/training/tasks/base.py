@@ -150,12 +150,13 @@ class Task:
             train, held_out = self._read()
             return Rows(train.dataset, held_out.dataset, held_out.bytes_per_token)
         sources = [self._read(name) for name in self.config.mixture]
-        tokens = sum(own.tokens for _, own in sources)
+        kept_back = [own for _, own in (sources[:1] if self.config.eval_files else sources)]
+        tokens = sum(own.tokens for own in kept_back)
         weights = (float(weight) for weight in self.config.mixture.values() if not isinstance(weight, list))
         return Rows(
             datasets.concatenate_datasets([train.dataset for train, _ in sources]),
-            datasets.concatenate_datasets([own.dataset for _, own in sources]),
-            sum(own.bytes_per_token * own.tokens for _, own in sources) / tokens,
+            datasets.concatenate_datasets([own.dataset for own in kept_back]),
+            sum(own.bytes_per_token * own.tokens for own in kept_back) / tokens,
             tuple((len(train), weight) for (train, _), weight in zip(sources, weights, strict=True)),
         )
 
@@ -253,7 +254,7 @@ class Task:
             documents = self._from_hub(config.dataset_split)
         else:
             raise DataError(_NO_TEXT)
-        if config.eval_files and source is None:
+        if config.eval_files:
             return documents, text_files(config.eval_files, **options)
         if config.eval_split:
             return documents, self._from_hub(config.eval_split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from hf_ws.training.tasks.base import Rows, Task
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Seq2Seq(Task):
@@ -73,23 +76,26 @@ class Seq2Seq(Task):
 
     def _tokenised(self, rows: datasets.Dataset) -> datasets.Dataset:
         config, tokenizer = self.config, self._tokenizer
+        pairs = _with_text(rows, [str(config.source_column), str(config.target_column)])
 
         def ids(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-            source, target = (
-                [text or "" for text in batch[str(c)]] for c in (config.source_column, config.target_column)
-            )
+            source, target = (batch[str(name)] for name in (config.source_column, config.target_column))
             options = {"truncation": True, "max_length": config.block}
             return {
                 "input_ids": tokenizer(source, **options)["input_ids"],
                 "target": tokenizer(text_target=target, **options)["input_ids"],
             }
 
-        made = rows.map(ids, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+        made = pairs.map(ids, batched=True, remove_columns=pairs.column_names, keep_in_memory=True)
         made = made.filter(
             lambda row: len(row["input_ids"]) > 0 and len(row["target"]) > 0, keep_in_memory=True
         )
         if not len(made):
             raise DataError(f"{len(rows)} pairs came and none has text on both sides; give some to train on")
+        if len(made) < len(rows):
+            logger.warning(
+                "%d of %d pairs lack text on a side; they are left out", len(rows) - len(made), len(rows)
+            )
         return made.with_format("torch")
 
     def _corrupted(self, row: dict[str, Any]) -> dict[str, Tensor]:
@@ -127,6 +133,20 @@ class Seq2Seq(Task):
                 "sentinels; set a shorter block, a smaller mask_probability or a longer mean_span"
             )
         return sentinels, tokenizer.mask_token_id
+
+
+def _with_text(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """The rows with text in all of these columns: a tokenizer makes tokens of an empty text too. Raises DataError."""
+    kept = []
+    for number, row in enumerate(rows.select_columns(columns)):
+        for name in columns:
+            if not isinstance(row[name], str | None):
+                raise DataError(
+                    f"row {number}: column {name!r} holds {type(row[name]).__name__}, not text; name another"
+                )
+        if all((row[name] or "").strip() for name in columns):
+            kept.append(number)
+    return rows.select(kept)
 
 
 def _count(length: int, share: float, mean: float) -> tuple[int, int]:
