@@ -300,7 +300,7 @@ def peak(arm: str, device: Any) -> dict[str, float]:
     """Peak memory beyond what is there before the loss, and its seconds: 2,048 tokens, vocabulary 128 k."""
     import torch
 
-    loss, given = {"plain": plain, "chunked": chunked, "fused": fused}[arm]
+    loss = {"plain": plain, "chunked": chunked, "fused": fused}[arm]
     given = sides(2048, 131_072, (512, 1024), device)
     given[1].grad = torch.zeros_like(given[1])  # there before every step but the first
     if device.type == "cuda":  # a first time for what is loaded and tuned on the way

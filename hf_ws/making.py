@@ -121,5 +121,5 @@ class Maker:
         (at,) = [at for at, dim in enumerate(layout) if dim.reads]
         wide = self._weight(f"{owner}.weight", layer).double()
         return weight.double() + torch.tensordot(
-            wide, torch.from_numpy(refit.rest).double(), dims=([at], [0])
+            wide, torch.from_numpy(refit.rest).to(wide), dims=([at], [0])
         )

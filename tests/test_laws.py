@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,8 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_ws import AutoSubclone, Plan
 from hf_ws.axes import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MOE_FFN, parse, positions
 from hf_ws.layouts import certify, generic
+from hf_ws.layouts.select import select
+from hf_ws.maps import Blocks
 from hf_ws.methods import METHODS
 from hf_ws.sizes import field_of, sizes_of
 from tests import families
@@ -189,3 +192,21 @@ def test_layer_lists_follow_the_kept_layers(family: str) -> None:
             setattr(source.config, key, getattr(target.config, key))
     torch.testing.assert_close(families.logits(target), families.logits(source), rtol=0, atol=0)
     assert sizes_of(target.config)[LAYERS] == 3
+
+
+@pytest.mark.parametrize("kind", ["selected", "copied", "turned", "mixed heads"])
+def test_a_tensor_on_another_device_stays_there(kind: str) -> None:
+    """As the weights of a live model on a GPU do; the device without memory stands for it."""
+    given = {
+        "selected": np.array([3, 0]),
+        "copied": np.array([0, 0, 1, 1, 2, 3]),
+        "turned": (np.ones((2, 4)), np.ones((2, 4))),
+        "mixed heads": Blocks((0, 1, 2, 3), np.ones((2, 2, 3, 3))),
+    }[kind]
+    target = {"hidden": len(given[0]) if isinstance(given, tuple) else len(given), "head_dim": 3}
+    tensor = torch.empty(5, 12, device="meta")
+    made = select(
+        tensor, parse("5 <(hidden head_dim)"), {"hidden": 4, "head_dim": 3}, target, {"hidden": given}
+    )
+    assert made.device == tensor.device
+    assert made.shape == (5, 3 * target["hidden"])

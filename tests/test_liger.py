@@ -9,11 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from hf_ws.errors import PlanError
 from hf_ws.training import TrainConfig, kernels, train
 from hf_ws.training.config import config_from_flags
-from hf_ws.training.kernels import put_kernels
+from hf_ws.training.kernels import kernels_in
 
 ROWS = torch.arange(64).view(4, 16)
 
@@ -43,19 +44,44 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def test_a_cpu_does_without(calls: list[dict]) -> None:
-    assert not put_kernels(llama(), "auto")
+    with kernels_in(llama(), "auto") as put:
+        assert not put
     train(TrainConfig(steps=1, batch_size=2, progress=False), model=llama(), train_blocks=ROWS)
     assert not calls
 
 
 def test_a_gpu_takes_those_of_the_body_and_no_losses(gpu: None, calls: list[dict]) -> None:
     model = llama()
-    assert put_kernels(model, "auto")
+    with kernels_in(model, "auto") as put:
+        assert put
     assert calls == [{"model": model, "cross_entropy": False, "fused_linear_cross_entropy": False}]
-    assert not put_kernels(model, False)
     model.config.model_type = "gpt2"
-    assert not put_kernels(model, "auto")
+    for asked in ("auto", False):
+        with kernels_in(model, asked) as put:
+            assert not put
     assert len(calls) == 1
+
+
+def test_they_are_taken_out_again(gpu: None, calls: list[dict]) -> None:
+    """Else the trained model, and every later one of its class, could not be run on a CPU."""
+
+    def only_on_a_gpu(*_: object, **__: object) -> None:
+        raise ValueError("cpu tensor?")
+
+    def put(model: LlamaForCausalLM, **_: object) -> None:
+        modeling_llama.apply_rotary_pos_emb = only_on_a_gpu
+        modeling_llama.LlamaRMSNorm = only_on_a_gpu
+        model.model.norm.forward = only_on_a_gpu
+        model.model.norm.offset = 0.0
+
+    sys.modules["liger_kernel.transformers.monkey_patch"].MODEL_TYPE_TO_APPLY_LIGER_FN["llama"] = put
+    model = llama().eval()
+    expected = model(ROWS).logits
+    with pytest.raises(ValueError, match="cpu tensor"), kernels_in(model, True):  # a run that fails, too
+        model(ROWS)
+    assert torch.equal(model(ROWS).logits, expected)
+    assert not hasattr(model.model.norm, "offset")
+    llama()(ROWS)
 
 
 @pytest.mark.parametrize("missing", ["gpu", "package", "type"])

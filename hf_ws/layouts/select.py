@@ -63,7 +63,7 @@ def select(
             tensor = tensor[(slice(None),) * at + (slice(int(index[0]), int(index[-1]) + 1, step),)]
     tensor = _gather(tensor, gathered)
     for at, copies in shares:
-        share = torch.from_numpy(copies).to(tensor.dtype)
+        share = torch.from_numpy(copies).to(tensor)
         tensor = tensor / share.view([-1 if d == at else 1 for d in range(tensor.ndim)])
     return tensor
 
@@ -132,7 +132,7 @@ def mix(tensor: Tensor, at: int, dim: Dim, sizes: Mapping[str, int], axis: str, 
 def along(tensor: Tensor, at: int, matrix: np.ndarray) -> Tensor:
     """A tensor whose dimension `at` is multiplied by a matrix [target length, source length]."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    by = torch.from_numpy(np.ascontiguousarray(matrix)).to(wide)
+    by = torch.from_numpy(np.ascontiguousarray(matrix)).to(tensor.device, wide)
     return torch.tensordot(by, tensor.to(wide), dims=([1], [at])).movedim(0, at)
 
 
@@ -142,5 +142,5 @@ def remade(tensor: Tensor, at: int, heads: Blocks) -> Tensor:
     moved = tensor.movedim(at, 0).to(torch.promote_types(tensor.dtype, torch.float32))
     parts = moved.reshape(-1, channels, *moved.shape[1:])[list(heads.index)]
     parts = parts.reshape(*heads.blocks.shape[:2], channels, -1)
-    made = torch.einsum("tgab,tgbn->tan", torch.from_numpy(heads.blocks).to(parts.dtype), parts)
+    made = torch.einsum("tgab,tgbn->tan", torch.from_numpy(heads.blocks).to(parts), parts)
     return made.reshape(-1, *moved.shape[1:]).movedim(0, at)

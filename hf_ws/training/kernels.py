@@ -6,7 +6,9 @@ share one product, in float32, where Liger's fused losses are one each. `benchma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 Asked = Literal["auto"] | bool
 """Whether to use them; `auto`: where there is a GPU, the package, and kernels for the model's type."""
+
+_NOTHING = object()
 
 
 def kernels_for(model_type: str, asked: Asked) -> Callable[..., None] | None:
@@ -35,19 +39,38 @@ def kernels_for(model_type: str, asked: Asked) -> Callable[..., None] | None:
     return known
 
 
-def put_kernels(model: PreTrainedModel, asked: Asked) -> bool:
-    """Put kernels into a model in place; whether there were any.
+@contextmanager
+def kernels_in(model: PreTrainedModel, asked: Asked) -> Iterator[bool]:
+    """Put kernels into a model in place, and take them out again at the end; whether there were any.
 
     Rotary positions are a function of the class's module, so other live models of the class take the kernel as well.
+    It runs on a GPU alone: were it left there, the next model of the class could not be run on a CPU.
 
     Raises:
         PlanError: As `kernels_for`.
     """
     put = kernels_for(model.config.model_type, asked)
     if put is None:
-        return False
+        yield False
+        return
+    places = [vars(module) for module in model.modules()]
+    places += [vars(sys.modules[name]) for name in sorted({type(m).__module__ for m in model.modules()})]
+    before = [dict(place) for place in places]
     put(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return True
+    changed = [
+        (place, name, old)
+        for place, names in zip(places, before, strict=True)
+        for name in place
+        if place[name] is not (old := names.get(name, _NOTHING))
+    ]
+    try:
+        yield True
+    finally:
+        for place, name, old in changed:
+            if old is _NOTHING:
+                place.pop(name, None)
+            else:
+                place[name] = old
 
 
 def _known(model_type: str) -> tuple[Callable[..., None] | None, str]:

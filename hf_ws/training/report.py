@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_ws._version import __version__
 from hf_ws.distill import LOSSES, STATE_LOSSES
 from hf_ws.training.run_folder import METRICS, PICTURE
 
@@ -91,8 +92,9 @@ def summary(job: Job, rows: Rows) -> str:
     }
     if config.lora:
         facts["adapters"] = f"LoRA of rank {config.lora.r}, alpha {config.lora.alpha:g}"
-    packages = ("hf-ws", "transformers", "accelerate", "torch")
-    facts["with"] = ", ".join(f"{name} {version(name)}" for name in packages)
+    versions = {"hf-ws": __version__}  # not asked of the installed packages: a checkout runs too
+    versions |= {name: version(name) for name in ("transformers", "accelerate", "torch")}
+    facts["with"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
     return "\n".join(["## Training", "", *lines, "", *_before_and_after(rows, task.predicts)]) + "\n"
 

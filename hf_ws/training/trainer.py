@@ -36,7 +36,7 @@ from hf_ws.training.callbacks import Bar, Recorder
 from hf_ws.training.config import TrainConfig
 from hf_ws.training.data import Packed
 from hf_ws.training.job import Job, prepare
-from hf_ws.training.kernels import put_kernels
+from hf_ws.training.kernels import kernels_in
 from hf_ws.training.objective import Objective
 from hf_ws.training.placed import Placed, Streamed, likeliest, measured
 from hf_ws.training.sharding import engine, logits_whole, on_cpu, split_on_cpu, spread
@@ -157,6 +157,8 @@ def _train(job: Job, folder: Path | None) -> History:
             result.keep_start(folder, job)
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_ws-")))
         recorder = Recorder(job, folder, rows)
+        if stack.enter_context(kernels_in(job.model, job.config.liger)) and job.teacher is not None:
+            stack.enter_context(kernels_in(job.teacher, "auto"))
         trainer = _trainer(job, place, recorder, checkpoint)
         _run(trainer, recorder, checkpoint)
         saved = result.save(trainer, folder, job, recorder.rows) if folder and job.config.save_model else None
@@ -174,8 +176,6 @@ class _Trainer(Trainer):
             raise PlanError(
                 "word_errors wants the whole model in every process; leave it out, or launch with DDP"
             )
-        if put_kernels(job.model, job.config.liger) and job.teacher is not None:
-            put_kernels(job.teacher, "auto")
         teacher = None if job.teacher is None else spread(job.teacher, self.accelerator)
         batch = job.task.batch([Placed(job.task, job.blocks, [0], training=True)[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
