@@ -45,10 +45,8 @@ ARMS: dict[str, Arm] = {
     "weight_selection": _selected(group=MAIN),
     "subclone": _subclone(group=MAIN),
     "rotation": _rotated(group=MAIN),
-    "rotation, block influence": _rotated("block_influence", group=MAIN),
-    "rotation, drifted, output": _rotated(
-        group=MAIN, compensation=["least_squares", "least_squares_drifted", "output"]
-    ),
+    "rotation, block influence": _rotated("block_influence"),
+    "rotation, drifted, output": _rotated(compensation=["least_squares", "least_squares_drifted", "output"]),
     "rotation, drifted": _rotated(compensation=["least_squares", "least_squares_drifted"]),
     "rotation, no least squares": _rotated(compensation=[]),
     "rotation, first layers": _rotated("first"),
