@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, from_file
 from transformers import PreTrainedModel
 
 from hf_ws.errors import CalibrationError, OutputError
-from hf_ws.evidence import BATCH, STATISTICS, Evidence, cache, calibrate
+from hf_ws.evidence import BATCH, STATISTICS, Evidence, cache, calibrate, sums
 from tests import families
 
 IDS = families.tokens(rows=3, length=8)
@@ -165,6 +169,47 @@ def test_moments_do_not_depend_on_batching() -> None:
     whole = calibrate(model, [{"input_ids": rows}], wants=("moments",)).moments
     for name, moments in calibrate(model, rows, wants=("moments",)).moments.items():
         torch.testing.assert_close(moments.second, whole[name].second, rtol=1e-6, atol=1e-8)
+
+
+def test_half_of_a_symmetric_sum_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In panels of rows up to the diagonal, the last of them narrower; more batches than one."""
+    monkeypatch.setattr(sums, "PANEL", 5)
+    rows = torch.randn(3, 40, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(17, 17, dtype=torch.float64)
+    for batch in rows:
+        sums.add_square(total, batch)
+    expected = torch.einsum("bni,bnj->ij", rows, rows)
+    assert not torch.allclose(total, expected)
+    close(sums.mirrored(total), expected)
+
+
+def test_where_memory_is_scarce_moments_lie_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = families.model("llama")
+    expected = calibrate(model, IDS, wants=("moments",)).moments
+    monkeypatch.setattr(sums.psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=25))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made: list[str] = []
+    monkeypatch.setattr(torch, "from_file", lambda name, **o: made.append(name) or from_file(name, **o))
+    found = calibrate(model, IDS, wants=("moments",)).moments
+    assert {Path(name).parent for name in made} == {tmp_path}
+    assert len(made) == len({id(moments) for moments in found.values()})
+    assert not [*tmp_path.iterdir()]
+    for name, moments in found.items():
+        assert torch.equal(moments.second, expected[name].second)
+
+
+def test_no_room_in_memory_or_on_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sums.psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=25))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        OutputError, match=r"channels take .* GB of memory are left, and .* No space left .* TMPDIR"
+    ):
+        calibrate(families.model("llama"), IDS, wants=("moments",))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_half_precision_model_s_products_are_taken_in_float32() -> None:

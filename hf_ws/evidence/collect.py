@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_ws.evidence import sites
 from hf_ws.evidence.sites import Site
-from hf_ws.evidence.sums import Sums
+from hf_ws.evidence.sums import Sums, add_square, zeros
 from hf_ws.layouts import Certificate
 from hf_ws.sizes import sizes_of
 
@@ -200,11 +200,9 @@ class Collector:
     def _add_moments(self, key: str, flat: Tensor) -> None:
         self.sums.add(f"tokens|{key}", float(len(flat)))
         self.sums.add(f"first|{key}", flat.sum(0, dtype=torch.float64).cpu())
-        second = self.sums.get(f"second|{key}")
-        if second is not None and flat.device == second.device:
-            second.addmm_(flat.mT, flat)  # in place: the product alone would be as large again
-        else:
-            self.sums.add(f"second|{key}", (flat.mT @ flat).cpu())
+        if f"second|{key}" not in self.sums:
+            self.sums[f"second|{key}"] = zeros(flat.shape[1], flat.dtype)
+        add_square(self.sums[f"second|{key}"], flat)
 
     def _routed(self, axis: str, layer: int | str) -> Callable[..., None]:
         """Which experts the tokens go to: fused experts are told so, [tokens, chosen], and with which weights."""

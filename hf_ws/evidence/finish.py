@@ -11,7 +11,7 @@ from hf_ws.axes import HIDDEN, kind_of
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence.record import PER_AXIS, Evidence, Key, Moments, layer_of
 from hf_ws.evidence.sites import Site, by_axis
-from hf_ws.evidence.sums import Sums
+from hf_ws.evidence.sums import Sums, mirrored
 
 
 def finish(
@@ -99,7 +99,9 @@ def _moments(sums: Sums) -> dict[str, Moments]:
     for by, second in sums.under("second").items():
         count = sums.number(f"tokens|{by}")
         mean = sums[f"first|{by}"] / max(count, 1.0)
-        found[by] = Moments(count, mean, second.div(max(count, 1.0)).float())
+        found[by] = Moments(
+            count, mean, mirrored(second.div_(max(count, 1.0))).float()
+        )  # in place: they are large
     return {
         parameter: found[by]
         for parameter, bys in reads.items()

@@ -6,9 +6,19 @@ interrupted all come together by addition.
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_ws.errors import OutputError
+
+SPARE = 0.25  # the share of the machine's memory that sums leave free
+PANEL = 512  # rows of a square that are added to at a time
 
 
 class Sums(dict[str, Tensor]):
@@ -42,6 +52,57 @@ class Sums(dict[str, Tensor]):
             for part in parts:
                 if part is not None:
                     self.add(key, part)
+
+
+def add_square(sums: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to `sums` [width, width], of which only what lies up to the diagonal is kept: `mirrored`.
+
+    In place, a panel at a time: the product alone would be as large again, and half of it is the other half.
+    """
+    for start in range(0, len(sums), PANEL):
+        stop = min(start + PANEL, len(sums))
+        panel, left = sums[start:stop, :stop], rows[:, start:stop].mT
+        if rows.device == sums.device:
+            panel.addmm_(left, rows[:, :stop])
+        else:
+            panel.add_((left @ rows[:, :stop]).to(sums))
+
+
+def mirrored(sums: Tensor) -> Tensor:
+    """What `add_square` added to, whole: in place."""
+    for start in range(PANEL, len(sums), PANEL):
+        rest = slice(start, start + PANEL)
+        sums[:start, rest] = sums[rest, :start].mT
+    return sums
+
+
+def zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """A matrix [size, size] to add to: in memory, or where that is scarce in a file that goes when the matrix goes.
+
+    The file lies where temporary files do (`TMPDIR`). The system writes it out and reads it back as it needs memory, so
+    second moments of wide models take the time of a disk in place of the process's life.
+
+    Raises:
+        OutputError: there is no room on the disk either.
+    """
+    count = size * size
+    needed = count * dtype.itemsize
+    memory = psutil.virtual_memory()
+    if memory.available - needed > SPARE * memory.total:
+        return torch.zeros(size, size, dtype=dtype)
+    handle, name = tempfile.mkstemp(prefix="hf_ws-moments-")
+    try:
+        if hasattr(os, "posix_fallocate"):  # else a full disk ends the process, when the matrix is written to
+            os.posix_fallocate(handle, 0, needed)
+        return torch.from_file(name, shared=True, size=count, dtype=dtype).view(size, size)
+    except OSError as error:
+        raise OutputError(
+            f"second moments of {size} channels take {needed / 1e9:.2f} GB; {memory.available / 1e9:.2f} GB of memory "
+            f"are left, and {Path(name).parent} has no room: {error}; calibrate with fewer `wants`, or set TMPDIR"
+        ) from error
+    finally:
+        os.close(handle)
+        Path(name).unlink()
 
 
 def share() -> tuple[int, int]:
