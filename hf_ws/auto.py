@@ -309,23 +309,8 @@ def _planned(
     depths = sizes_of(config)
     if ask.vocabulary is not None:
         sizes, fields = sizes | ask.vocabulary.sizes(config), ask.vocabulary.fields(config) | fields
-    stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
     grows = bool(getattr(method, "grows", False))
-    policy = ask.policy
-    if isinstance(policy, Sequence) and not isinstance(policy, str) and LAYERS not in stacks:
-        raise PlanError(
-            f"layer_policy names layers, but there are several stacks: {', '.join(stacks)}; name a policy"
-        )
-    kept = {
-        axis: kept_layers(
-            policy if axis == LAYERS or isinstance(policy, str) or callable(policy) else "first",
-            depths[axis],
-            sizes.pop(axis, None),
-            grows,
-            None if observed is None else Context(axis, observed, policy_wants(policy) or ()),
-        )
-        for axis in stacks
-    }
+    kept = _kept(ask.policy, depths, sizes, grows, observed)
     for axis in led(certificate.stacks) & kept.keys():
         kept[axis] = behind_the_first(axis, kept[axis], depths[axis])
 
@@ -369,6 +354,32 @@ def _planned(
         check_same_parts(before, after, kept, certificate)
         check_census(after, target, certificate.kept(kept))
     return plan
+
+
+def _kept(
+    policy: str | LayerPolicy | Sequence[int],
+    depths: Mapping[str, int],
+    sizes: dict[str, int],
+    grows: bool,
+    observed: Observation | None,
+) -> dict[str, Any]:
+    """The layers that a policy keeps, by the axis that counts them; how many are asked for is taken out of `sizes`."""
+    stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
+    if isinstance(policy, Sequence) and not isinstance(policy, str) and LAYERS not in stacks:
+        raise PlanError(
+            f"layer_policy names layers, but there are several stacks: {', '.join(stacks)}; name a policy"
+        )
+    everywhere = isinstance(policy, str) or callable(policy)
+    return {
+        axis: kept_layers(
+            policy if axis == LAYERS or everywhere else "first",
+            depths[axis],
+            sizes.pop(axis, None),
+            grows,
+            None if observed is None else Context(axis, observed, policy_wants(policy) or ()),
+        )
+        for axis in stacks
+    }
 
 
 def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> Plan:

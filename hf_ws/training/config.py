@@ -28,6 +28,16 @@ from hf_ws.training.typed import block_of, check_types, made, pair, read_setting
 Weight = float | list[float]
 """A loss's weight; of a pair, the weight at the start of the run and that at its end, moving evenly."""
 
+# fmt: off
+AT_LEAST = {
+    "steps": 1, "tokens": 1, "batch_size": 1, "grad_accum": 1, "block": 2, "threads": 1, "workers": 0,
+    "seed": 0, "shuffle_buffer": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "nonfinite_steps": 0,
+    "log_every": 1, "eval_every": 0, "max_eval_blocks": 0, "save_every": 0, "keep_checkpoints": 2,
+    "mean_span": 1, "mixup": 0, "cutmix": 0, "kd_top_k": 1,
+}
+# fmt: on
+"""The least that a number may be, where it has no most."""
+
 
 def forward_kl_alone() -> dict[str, Weight]:
     """What distils where nothing else is asked for."""
@@ -152,7 +162,7 @@ class TrainConfig:
             value, block = getattr(self, name), block_of(hint)
             if block and isinstance(value, Mapping):
                 object.__setattr__(self, name, made(block, value, name))
-        faults = list(check_types(self)) or list(_out_of_range(self))
+        faults = list(check_types(self)) or [*_contradictions(self), *_out_of_range(self)]
         if faults:
             raise PlanError("training settings: " + "; and ".join(faults))
 
@@ -232,74 +242,50 @@ def _named_weight(text: str) -> tuple[str, Weight]:
     return name, _weight(weight or "1")
 
 
-def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
+def _contradictions(config: TrainConfig) -> typing.Iterator[str]:
+    """Keys that do not go together."""
     if (config.steps is None) == (config.tokens is None):
         yield f"steps={config.steps} and tokens={config.tokens}; give one of the two"
     if config.eval_split and (config.eval_files or not config.dataset):
         yield "eval_split is of a dataset, in place of eval_files; give dataset, or leave one out"
-    if not 0 <= config.randaugment <= 10:
-        yield f"randaugment={config.randaugment}; from 0 to 10"
-    if not 0 < config.crop <= 1:
-        yield f"crop={config.crop}; above 0, up to 1"
-    for name in ("label_smoothing", "erase"):
-        if not 0 <= getattr(config, name) <= 1:
-            yield f"{name}={getattr(config, name)}; from 0 to 1"
     if bool(config.train_files) + bool(config.dataset) + bool(config.mixture) > 1:
         yield "train_files, dataset and mixture: give one of the three"
-    if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
-        yield f"mixture={config.mixture}; weights are single numbers above 0"
     yield from _streaming(config)
     if config.model and config.subclone:
         yield f"model={config.model!r} and subclone both given; give one of the two"
-    for block in (config.subclone, config.lora):
-        yield from block.faults() if block else ()
-    if config.layer_lr_decay is not None and not 0 < config.layer_lr_decay <= 1:
-        yield f"layer_lr_decay={config.layer_lr_decay}; above 0, up to 1"
     if config.compile and "attention_relation" in config.kd_losses and config.distils:
         yield "compile and attention_relation, which looks inside layers; leave out one"
-    least = {
-        "steps": 1,
-        "tokens": 1,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "block": 2,
-        "threads": 1,
-        "log_every": 1,
-    }
-    least |= {
-        "warmup_steps": 0,
-        "eval_every": 0,
-        "save_every": 0,
-        "max_eval_blocks": 0,
-        "keep_checkpoints": 2,
-    }
-    least |= {
-        "shuffle_buffer": 1,
-        "nonfinite_steps": 0,
-        "workers": 0,
-        "mixup": 0,
-        "cutmix": 0,
-        "seed": 0,
-        "weight_decay": 0,
-        "max_grad_norm": 0,
-    }
-    for name, bound in least.items():
+    if "logit_mse" in config.kd_losses and (config.kd_top_k or config.kd_top_p):
+        yield "logit_mse compares all logits; leave out kd_top_k and kd_top_p"
+
+
+def _out_of_range(config: TrainConfig) -> typing.Iterator[str]:
+    """Values that no run can have."""
+    for name, bound in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:
             yield f"{name}={value}; at least {bound}"
     for name in ("learning_rate", "kd_temperature", "adam_epsilon"):
         if not 0 < getattr(config, name) < float("inf"):
             yield f"{name}={getattr(config, name)}; above 0"
-    if not 0 < config.mask_probability < 1:
-        yield f"mask_probability={config.mask_probability}; between 0 and 1"
-    if config.mean_span < 1:
-        yield f"mean_span={config.mean_span}; at least 1"
-    if not 0 <= config.min_lr_ratio <= 1:
-        yield f"min_lr_ratio={config.min_lr_ratio}; from 0 to 1"
-    yield from _out_of_range_kd(config)
+    for name in ("crop", "layer_lr_decay", "kd_top_p"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            yield f"{name}={value}; above 0, up to 1"
+    for name, most in (("label_smoothing", 1), ("erase", 1), ("min_lr_ratio", 1), ("randaugment", 10)):
+        if not 0 <= getattr(config, name) <= most:
+            yield f"{name}={getattr(config, name)}; from 0 to {most}"
+    for name in ("mask_probability", "kd_beta", "kd_alpha"):
+        if not 0 < getattr(config, name) < 1:
+            yield f"{name}={getattr(config, name)}; between 0 and 1"
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             yield f"{name}={getattr(config, name)}; from 0 to below 1"
+    if any(isinstance(weight, list) or not 0 < weight < float("inf") for weight in config.mixture.values()):
+        yield f"mixture={config.mixture}; weights are single numbers above 0"
+    for block in (config.subclone, config.lora):
+        yield from block.faults() if block else ()
+    yield from _loss_weights(config)
 
 
 def _streaming(config: TrainConfig) -> typing.Iterator[str]:
@@ -315,7 +301,7 @@ def _streaming(config: TrainConfig) -> typing.Iterator[str]:
         yield "streaming reads text that is packed, and no pairs; leave out source_column and target_column"
 
 
-def _out_of_range_kd(config: TrainConfig) -> typing.Iterator[str]:
+def _loss_weights(config: TrainConfig) -> typing.Iterator[str]:
     losses = {**LOSSES, **STATE_LOSSES}
     for name, weight in {"kd_weight": config.kd_weight, **config.kd_losses}.items():
         pair = weight if isinstance(weight, list) else [weight, weight]
@@ -326,15 +312,6 @@ def _out_of_range_kd(config: TrainConfig) -> typing.Iterator[str]:
             0 <= one <= (1 if name == "kd_weight" else float("inf")) for one in pair
         ):
             yield f"{name}={weight}; {'from 0 to 1' if name == 'kd_weight' else 'not below 0'}, or a pair of such"
-    if config.kd_top_k is not None and config.kd_top_k < 1:
-        yield f"kd_top_k={config.kd_top_k}; at least 1"
-    if config.kd_top_p is not None and not 0 < config.kd_top_p <= 1:
-        yield f"kd_top_p={config.kd_top_p}; above 0, up to 1"
-    for name in ("kd_beta", "kd_alpha"):
-        if not 0 < getattr(config, name) < 1:
-            yield f"{name}={getattr(config, name)}; between 0 and 1"
-    if "logit_mse" in config.kd_losses and (config.kd_top_k or config.kd_top_p):
-        yield "logit_mse compares all logits; leave out kd_top_k and kd_top_p"
 
 
 def _field_comments() -> dict[str, str]:
