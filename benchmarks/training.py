@@ -14,13 +14,16 @@ them all; medians are printed.
     distil      hf_ws.training.train with that teacher, forward KL
     compiled    on a GPU: the same with compile=True
     liger       on a GPU with the package liger_kernel: the same with its kernels for norms, positions and MLPs
+    both        on a GPU with it: compile=True and its kernels
 
     plain       forward KL and cross-entropy from whole float32 logits, backward; peak memory at a vocabulary of 128 k
     chunked     the same by hf_ws.distill.token_losses, from hidden states
     fused       on a GPU with liger_kernel: the same by its two fused losses
 
 With liger_kernel, how far its losses and their gradients, and a model with its kernels, are from ours in float32.
-Utilisation counts 6 FLOPs a token for every weight of the student and 2 for the teacher's, attention's own left out.
+Utilisation counts the FLOPs that the models need: of a token, 2 for every weight and 2 for every channel of every token
+that it attends to, twice, in the teacher's forward pass; three times as many in a step of the student. Attention is
+causal, so half of all pairs; the PaLM paper (2204.02311, appendix B) counts all of them, and would say more.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 ARMS = ["bare", "trainer", "ours", "teacher", "distil"]
 MEMORY = ["plain", "chunked"]
 TAUGHT = {"distil": {}, "compiled": {"compile": True}, "liger": {"liger": True}}
+TAUGHT["both"] = TAUGHT["compiled"] | TAUGHT["liger"]
 """The settings of the arms that distil."""
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """bf16 FLOP/s of the makers' sheets, dense."""
@@ -75,7 +79,7 @@ def main() -> None:
     import torch
 
     gpu, liger = torch.cuda.is_available(), find_spec("liger_kernel") is not None
-    speed = ARMS + ["compiled"] * gpu + ["liger"] * (gpu and liger)
+    speed = ARMS + ["compiled"] * gpu + ["liger", "both"] * (gpu and liger)
     tables = {"speed": speed, "memory": MEMORY + ["fused"] * (gpu and liger), "exact": ["exact"] * liger}
     for title, arms in tables.items():
         if args.only in (None, title):
@@ -144,7 +148,8 @@ def measure(arm: str, shape: dict[str, Any], threads: int) -> dict[str, float]:
     clock = Clock(teacher if arm == "teacher" else student, device, threads)
     run(student, teacher, ids, shape, device)
     speed = shape["batch"] * shape["block"] / clock.pace()
-    flops = 6 * size(student) * (arm != "teacher") + 2 * size(teacher) * (teacher is not None)
+    length = shape["block"]
+    flops = 3 * forward_flops(student, length) * (arm != "teacher") + forward_flops(teacher, length)
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     best = next((value for key, value in PEAK.items() if key in name), 0.0)
     return {"speed": speed, "utilisation": speed * flops / best if best else 0.0}
@@ -158,11 +163,16 @@ def llama(shape: dict[str, Any], which: str) -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, **shape[which]))
 
 
-def size(model: Any) -> int:
-    """Parameters that a token is multiplied with: the table of embeddings is looked up."""
-    return (
-        0 if model is None else sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
-    )
+def forward_flops(model: Any, length: int) -> int:
+    """Of a token's way through a model, in sequences of a length; 0 without a model."""
+    if model is None:
+        return 0
+    config = model.config
+    weights = sum(
+        p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n
+    )  # that is looked up
+    attention = 2 * config.num_hidden_layers * config.hidden_size * length // 2  # scores, and what they weigh
+    return 2 * (weights + attention)
 
 
 class Clock:
