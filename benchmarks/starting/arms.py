@@ -57,6 +57,15 @@ ARMS: dict[str, Arm] = {
     "subclone, both least squares": Arm(
         {"method": "subclone", "compensation": ["least_squares", "least_squares_hidden"]}, True
     ),
+    "subclone, explained": _subclone(score="explained"),
+    "subclone, explained, both least squares": Arm(
+        {
+            "method": "subclone",
+            "method_args": {"score": "explained"},
+            "compensation": ["least_squares", "least_squares_hidden"],
+        },
+        True,
+    ),
     "subclone, split heads": Arm({"method": "subclone"}, True, every_head=True),
     "subclone, magnitude": Arm({"method": "subclone"}),
     "subclone, L2": _subclone(score="l2_activation"),
