@@ -15,7 +15,7 @@ from hf_ws.depth import LayerPolicy
 from hf_ws.errors import CalibrationError, PlanError, unknown
 from hf_ws.evidence import Evidence
 from hf_ws.maps import called
-from hf_ws.methods import METHODS, Method, default_method
+from hf_ws.methods import METHODS, Method, default_compensation, default_method
 from hf_ws.search.goal import Goal
 from hf_ws.vocabulary import Vocabulary
 
@@ -71,7 +71,12 @@ class Ask:
                 f"method_args gives {named}, and no method is named; name the one whose options these are: method= one "
                 f"of {', '.join(METHODS)}"
             )
-        return replace(self, method=default_method(config, self.calibration is not None))
+        calibrated = self.calibration is not None
+        method = default_method(config, calibrated)
+        compensation = self.compensation
+        if compensation is None:
+            compensation = default_compensation(method, calibrated)
+        return replace(self, method=method, compensation=compensation)
 
     @property
     def chosen(self) -> Method:

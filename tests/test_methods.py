@@ -907,14 +907,25 @@ def test_token_ids_asked_for_hold_in_generation_too(tmp_path: Path) -> None:
     [("llama", IDS, "rotation"), ("gpt2", IDS, "subclone"), ("llama", None, "subclone")],
 )
 def test_the_method_by_default(family: str, calibration: Any, method: str) -> None:
-    """GPT-2's head is the embedding: rotation would untie it."""
+    """GPT-2's head is the embedding: rotation would untie it. A selection that has seen data is refitted."""
     source = families.model(family)
-    assert AutoSubclone.plan(source, hidden=32, calibration=calibration).method == method
-    target = AutoSubclone.from_pretrained(source, hidden=32, calibration=calibration)
+    options: dict[str, Any] = {"hidden": 32, "calibration": calibration}
+    assert AutoSubclone.plan(source, **options).method == method
+    target = AutoSubclone.from_pretrained(source, **options)
     assert target.hf_ws_plan.method == method
-    named = AutoSubclone.from_pretrained(source, hidden=32, calibration=calibration, method=method)
+    refits = ["least_squares", "least_squares_hidden"] if calibration is not None else None
+    named = AutoSubclone.from_pretrained(source, **options, method=method, compensation=refits)
     for name, value in arrays(target).items():
         np.testing.assert_array_equal(value, arrays(named)[name])
+
+
+def test_what_goes_with_the_method_by_default_may_be_left_out() -> None:
+    source = families.model("gpt2")
+    options: dict[str, Any] = {"hidden": 32, "calibration": IDS}
+    target = AutoSubclone.from_pretrained(source, **options, compensation=[])
+    assert not target.hf_ws_plan.refits
+    assert not AutoSubclone.from_pretrained(source, **options, method="subclone").hf_ws_plan.refits
+    assert AutoSubclone.from_pretrained(source, **options).hf_ws_plan.refits
 
 
 def test_options_of_no_method_are_refused() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hf_ws import AutoSubclone
 from hf_ws.errors import CheckpointError, DistillationError, PlanError, ResumeError, SizeError
@@ -63,6 +70,21 @@ def test_the_start_is_what_autosubclone_makes_of_the_training_blocks(source, cal
     assert job.plan.maps == expected.hf_ws_plan.maps
     assert all(parameter.dtype == torch.float32 for parameter in job.model.parameters())
     assert job.plan.method == ("rotation" if calibration else "subclone")
+
+
+@pytest.mark.parametrize("compensation", [None, [], ["mean_bias", "rms"]], ids=["default", "none", "named"])
+def test_what_is_lost_is_made_up_for_as_autosubclone_does(source, tmp_path, compensation) -> None:
+    """Of a tied source, whose default is not its method's own."""
+    tied = tmp_path / "tied"
+    shutil.copytree(source, tied)
+    config = AutoConfig.from_pretrained(source, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tied)
+    asked = {"compensation": compensation, **SIZES}
+    job = prepare(settings(source, subclone={"source": str(tied), "calibration": 5, **asked}))
+    data = torch.stack([job.blocks[i * len(job.blocks) // 5]["input_ids"] for i in range(5)])
+    expected = AutoSubclone.from_pretrained(tied, calibration=data, dtype="float32", **asked)
+    assert bool(expected.hf_ws_plan.refits) == (compensation is None)
+    assert same(job.model.state_dict(), expected.state_dict())
 
 
 def test_the_start_may_be_searched_for_by_its_parameters(source) -> None:
@@ -186,6 +208,7 @@ def test_two_processes_make_one_start(source, tmp_path) -> None:
         ),
         ({"set": {"layers": 3}}, PlanError, r"subclone.set.layers; that is a key of subclone itself"),
         ({"method": "subclones"}, PlanError, "did you mean 'subclone'"),
+        ({"compensation": ["least_square"]}, PlanError, "did you mean 'least_squares'"),
         ({"source": "./nowhere"}, CheckpointError, "nowhere is not a folder"),
     ],
 )

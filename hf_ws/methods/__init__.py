@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_ws.methods.default import default_method
+from hf_ws.methods.default import default_compensation, default_method
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
 from hf_ws.methods.rotation import rotation
@@ -35,6 +35,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Request",
+    "default_compensation",
     "default_method",
     "random",
     "rotation",

@@ -35,6 +35,7 @@ class Subclone:
     method: str | None = None
     method_args: dict[str, Any] = field(default_factory=dict)
     layer_policy: str | list[int] | None = None
+    compensation: list[str] | None = None
     calibration: int = 64
     seed: int = 0
     model_class: str | None = None
