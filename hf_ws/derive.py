@@ -143,7 +143,7 @@ def read_request(
             rest[_own_name(config, name)] = value
         else:
             near_by = difflib.get_close_matches(name, [*AXES, *spelled], n=1)
-            hint = f"; did you mean {near_by[0]!r}?" if near_by else ""
+            hint = f"; did you mean {near_by[0]!r}?" if near_by else f"; its sizes are {', '.join(own)}"
             raise PlanError(f"{type(config).__name__} has no field {name!r}{hint}")
     return sizes, rest
 

@@ -37,8 +37,11 @@ class Gather:
         why = f" (highest by {self.by})" if self.by else ""
         if steps == {1} or len(self) == 1:
             return (f"{self.index[0]} to {self.index[-1]}" if len(self) > 1 else str(self.index[0])) + why
-        every = f", every {_ordinal(steps.pop())}" if len(steps) == 1 and min(steps) > 1 else ""
-        shown = ", ".join(map(str, self.index[:4])) + (", ..." if len(self) > 4 else "")
+        regular = len(steps) == 1 and min(steps) > 1
+        every = f", every {_ordinal(steps.pop())}" if regular else ""
+        pieces = _runs(self.as_array)
+        whole = len(pieces) <= (4 if regular else 8)
+        shown = ", ".join(pieces if whole else [*pieces[:4], "..."])
         return f"{len(self)} of {self.size}{every}: {shown}{why}"
 
 
@@ -228,6 +231,14 @@ def from_json(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
             own[name] = arrays[own[name]]
     own |= {name: tuple(own[name]) for name in ("index", "readers") if name in own}
     return kind(**own)
+
+
+def _runs(index: np.ndarray) -> list[str]:
+    """The indices in words, three or more in a row as "first to last"."""
+    words: list[str] = []
+    for run in np.split(index, np.flatnonzero(np.diff(index) != 1) + 1):
+        words += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    return words
 
 
 def _ordinal(number: int) -> str:

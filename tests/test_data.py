@@ -126,8 +126,8 @@ def test_texts_and_datasets() -> None:
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ('{"txt": "a"}\n', "line 1: no key 'text', only txt"),
         ('{"text": 3}\n', "line 1: no text under 'text'"),
-        ("\n", "no text in them"),
-        ("", "no text in them"),
+        ("\n", r"no text in \d documents; give some that have text"),
+        ("", r"no text in \d documents; give some that have text"),
         (f'{{"text": "a", "n": {"9" * 5000}}}\n', "line 1: not JSON .*digits"),
         ("[" * 100_000, "line 1: not JSON .nested too deep"),
     ],
@@ -145,9 +145,9 @@ def test_bad_json_lines_name_file_and_line(tmp_path, content: str, message: str)
         ("./nowhere/at/all", "neither a file or folder here nor a dataset's Hub name"),
         (Path("nowhere.txt"), "nowhere.txt does not exist"),
         ("*.nothing-like-it", "does not exist"),
-        ([], "0 documents and no text"),
+        ([], "no text in 0 documents"),
         ([1, 2], "a list of int came"),
-        ([" ", ""], "2 documents and no text"),
+        ([" ", ""], "no text in 2 documents"),
     ],
 )
 def test_what_is_not_there_is_refused(source, message: str) -> None:
@@ -182,9 +182,9 @@ def test_tables_without_the_column_or_a_row_are_refused(tmp_path) -> None:
     parquet.write_table(rows, tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x.parquet has no column 'text', only body, n; name its text"):
         load_text(tmp_path)
-    with pytest.raises(DataError, match="0 documents and no text in them"):
+    with pytest.raises(DataError, match="no text in 0 documents"):
         load_text(tmp_path, column="body")
-    with pytest.raises(DataError, match="the dataset: 0 documents and no text in them"):
+    with pytest.raises(DataError, match="the dataset: no text in 0 documents"):
         load_text(datasets.Dataset.from_dict({"text": []}))
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
+from hf_ws.errors import CheckpointError
+from hf_ws.store.place import locate
 from hf_ws.store.shards import SINGLE
 from tests.hub_server import HubServer, serve
 from tests.tiny_checkpoints import edit_index, make
@@ -121,7 +124,11 @@ def test_every_hub_failure_says_what_to_do(hub: HubServer, tmp_path: Path) -> No
         "user/absent": ({}, "CheckpointError", "user/absent is not on the Hub, or is private"),
         "user/gated": ({}, "CheckpointError", "user/gated is gated; accept its terms"),
         "user/tiny": ({"revision": "v9"}, "CheckpointError", "user/tiny has no revision 'v9'"),
-        "user/unseen": ({"local_files_only": True}, "CheckpointError", "is not in the local cache"),
+        "user/unseen": (
+            {"local_files_only": True},
+            "CheckpointError",
+            "is no folder here and not in the local cache",
+        ),
         "user/empty": ({}, "CheckpointError", "user/empty has no config.json"),
         "user/adapter": ({}, "PlanError", "user/adapter holds an adapter"),
         "user/pickled": ({}, "CheckpointError", "only .bin files, which are not read; convert"),
@@ -132,3 +139,18 @@ def test_every_hub_failure_says_what_to_do(hub: HubServer, tmp_path: Path) -> No
         assert answer.get("error") == error, (source, answer)
         assert text in answer["text"]
     assert not any(".bin" in request for request in hub.requests if request.startswith("GET /user"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unreachable(source: str, name: str, *, local_files_only: bool, **_: Any) -> str:
+        asked.append((name, local_files_only))
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("hf_ws.store.place.hf_hub_download", unreachable)
+    with pytest.raises(
+        CheckpointError, match=r"typo is no folder here and not in the local cache.*check the spelling"
+    ):
+        locate("user/typo")
+    assert asked == [("config.json", False), ("adapter_config.json", True)]

@@ -366,6 +366,8 @@ def test_indices_by_layer_and_by_parameter_are_said_to_differ() -> None:
         (Gather((0, 3), 6), "2 of 6, every third: 0, 3"),
         (Gather((0, 4, 8, 12, 16), 20), "5 of 20, every 4th: 0, 4, 8, 12, ..."),
         (Gather((0, 2, 3), 6), "3 of 6: 0, 2, 3"),
+        (Gather((*range(6), 8, 9, *range(11, 14)), 14), "11 of 14: 0 to 5, 8, 9, 11 to 13"),
+        (Gather((0, *range(1, 33, 2)), 36), "17 of 36: 0, 1, 3, 5, ..."),
         (Gather((2, 1, 0), 6), "3 of 6: 2, 1, 0"),
         (Gather((1, 1, 1), 6), "3 of 6: 1, 1, 1"),
         (Rank(2, 6, "activation"), "the 2 of 6 highest by activation"),

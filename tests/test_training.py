@@ -296,7 +296,7 @@ def test_a_run_begun_before_a_setting_was_known_goes_on(interrupted, tmp_path, b
 
 
 def test_an_output_that_is_not_ours_is_refused_before_work(interrupted, tmp_path, blocks) -> None:
-    with pytest.raises(OutputError, match="holds a run already; resume=True continues it"):
+    with pytest.raises(OutputError, match=r"holds a run already; --resume \(resume=True\) continues it"):
         resume(interrupted, blocks, resume=False)
     (tmp_path / "mine").write_text("keep")
     for again in (False, True):

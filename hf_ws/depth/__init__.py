@@ -94,7 +94,8 @@ def kept_layers(
         if keep > depth:
             if not grows:
                 raise SizeError(
-                    f"layers={keep} is more than the source's {depth}, and this method cannot grow"
+                    f"layers={keep} is more than the source's {depth}, and this method cannot grow; ask for at most "
+                    f"{depth}, or for a method that grows, such as random"
                 )
             return (*range(depth), *[depth - 1] * (keep - depth))
         kept = _chosen(policy, depth, keep, context)

@@ -203,7 +203,7 @@ class Request:
             hint = f". Here head_dim is hidden / heads: heads={after[HEADS]} goes with hidden={width}"
         raise SizeError(
             f"{self.method} cannot grow {', '.join(grown)}; ask for at most the source's size, or for a method that "
-            f"grows{hint}"
+            f"grows, such as random{hint}"
         )
 
     def _sized(self) -> set[str]:

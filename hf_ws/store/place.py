@@ -101,6 +101,8 @@ def locate(
         config = _ask_hub(source, revision, lambda: fetch(CONFIG))
     except CheckpointError as error:
         if isinstance(error.__cause__, EntryNotFoundError):
+            # A Hub that did not answer, after all retries, is not asked again: only the cache is.
+            download["local_files_only"] |= isinstance(error.__cause__, LocalEntryNotFoundError)
             _refuse_adapter(source, _exists(lambda: fetch(ADAPTER)))
         raise
     # The cache names a snapshot's folder after its commit; the rest is taken from that commit, no later one.
@@ -180,8 +182,8 @@ def _explain(source: str, revision: str | None, error: Exception) -> NoReturn:
         text = f"{source} has no revision {revision!r}; give a branch, tag or commit that it has"
     elif isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         text = (
-            f"{at} is not in the local cache and the Hub could not be asked ({error.__cause__ or error}); "
-            "connect, drop local_files_only, or give a folder"
+            f"{at} is no folder here and not in the local cache, and the Hub could not be asked "
+            f"({error.__cause__ or error}); check the spelling, connect, or drop local_files_only if you gave it"
         )
     elif isinstance(error, EntryNotFoundError):
         text = f"{at} has no {CONFIG}; it is not a Transformers model"

@@ -48,7 +48,7 @@ def check_run_folder(folder: Path, resume: bool) -> None:
     if (folder / MARK).is_file():
         if not resume:
             raise OutputError(
-                f"output {folder} holds a run already; resume=True continues it, or name a new folder"
+                f"output {folder} holds a run already; --resume (resume=True) continues it, or name a new folder"
             )
         return
     check_output(folder)

@@ -306,5 +306,5 @@ def from_hub(name: str, split: str, config_name: str | None, *, streaming: bool 
 
 def _some(documents: list[Document], what: str) -> list[Document]:
     if not any(document.text.strip() for document in documents):
-        raise DataError(f"{what}: {len(documents)} documents and no text in them; give some to train on")
+        raise DataError(f"{what}: no text in {len(documents)} documents; give some that have text")
     return documents
