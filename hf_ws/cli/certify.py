@@ -58,8 +58,6 @@ def certify(
 
     Each class is built in miniature, its axes are permuted and duplicated wherever they are said to occur, and its
     output must not move. No weights are read, and nothing is downloaded but the config of a Hub id.
-
-    Example: hf-ws certify llama --layouts; hf-ws certify --all --kind masked-lm
     """
     from transformers import logging
 
