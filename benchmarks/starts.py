@@ -10,15 +10,17 @@
 
 The work goes on where it was: a unit is one start with one learning rate and one seed, its result one file in the
 cache (or committed), and a run or a source's training that is killed goes on from its last checkpoint. SIGTERM ends a
-run at the next step. `benchmarks/starting/arms.py` holds the starts, a line each; `STAGES` in `units.py` the order.
+run at the next step. The same command in several processes shares the work. `benchmarks/starting/arms.py` holds the
+starts, a line each; `STAGES` in `units.py` the order.
 
 Sources are trained here (`starting/sources.py`): `llama` (16 M, grouped key/value heads, head not tied) and `gpt2`
-(LayerNorm, tied, learned positions) on Python's standard library, `llama-peps` on English, `llama-100m` on the
-Python sources installed where it runs. All students of a source see
-the same batches under the same schedule, bf16, 4,096 tokens a step; the peak rate of each is the best of a grid on
-100 steps, and the grid goes on while its best is at an edge. Losses are over 128 held-out blocks, which choose the rate
-too; so a second held-out part is kept, measured with every run and shown by `--final` alone. A seed is another order of
-the batches and other calibration sequences (64 of 256 tokens, from the training text).
+(LayerNorm, tied, learned positions) on Python's standard library, `llama-peps` on English, `llama-100m` on the Python
+sources installed where it runs, `llama-near` and `llama-far` as parents of `llama`'s students that are nearer to them
+in size, and further. All students of a source see the same batches under the same schedule, bf16, 4,096 tokens a step;
+the peak rate of each is the best of a grid on 100 steps, and the grid goes on while its best is at an edge. Losses are
+over 128 held-out blocks, which choose the rate too; so a second held-out part is kept, measured with every run and
+shown by `--final` alone. A seed is another order of the batches and other calibration sequences (64 of 256 tokens, from
+the training text).
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ import argparse
 import logging
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +42,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.starting.arms import ARMS
 from benchmarks.starting.report import Report, draw, final_table, tables
 from benchmarks.starting.sources import RECIPES, Source, make, told_of
-from benchmarks.starting.units import CHOOSING, Bench, Results, Unit, every, left, seconds_a_unit
+from benchmarks.starting.units import (
+    CHOOSING,
+    STAGES,
+    Bench,
+    Results,
+    Stage,
+    Unit,
+    claim,
+    every,
+    left,
+    seconds_a_unit,
+)
 from hf_ws.errors import StoppedError
 
 RESULTS = Path(__file__).parent / "results" / "starts"
@@ -49,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if not (args.status or args.table or args.final):
+        work(args)
+        return
     for name in args.sources:
         if args.status:
             print(status(name, args))
@@ -62,8 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
             report = collect(name, args)
             if report is not None:
                 print(final_table(report))
-        else:
-            work(name, args)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -100,37 +117,68 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def work(name: str, args: argparse.Namespace) -> None:
-    """Train the source if it is not yet, then unit after unit."""
+def work(args: argparse.Namespace) -> None:
+    """Task after task: the first that is left and that no other process is at."""
     began = time.monotonic()
-    try:
+    benches: dict[str, Bench] = {}
+    given_up: set[str] = set()
+
+    def is_taken(key: str, task: Callable[[], str]) -> bool:
+        with claim(args.cache / "claims" / key) as ours:
+            if ours:
+                try:
+                    print(f"{time.strftime('%H:%M:%S')} {key}: {task()}", flush=True)
+                except StoppedError as stopped:
+                    raise SystemExit(f"{key}: {stopped}") from None
+                except Exception:  # one start that fails does not cost the others
+                    traceback.print_exc()
+                    given_up.add(key)
+        return ours
+
+    while True:
+        late = args.minutes is not None and time.monotonic() - began >= 60 * args.minutes
+        todo = tasks(benches, args, units=not (late or args.only_sources))
+        todo = {key: task for key, task in todo.items() if key not in given_up}
+        if not todo:
+            break
+        if not any(is_taken(key, task) for key, task in todo.items()):
+            time.sleep(5)  # what is left is with other processes
+    if given_up:
+        raise SystemExit(f"failed, as told above: {', '.join(sorted(given_up))}")
+
+
+def tasks(benches: dict[str, Bench], args: argparse.Namespace, units: bool) -> dict[str, Callable[[], str]]:
+    """What can be done now, in order: sources to train or to read, then, if wanted, units, stage by stage."""
+
+    def prepare(name: str) -> str:
         source = make(name, args.cache, args.peps)
-        print(f"{name}: loss {source.told['loss']:.3f}", flush=True)
-        if args.only_sources:
-            return
-        bench = Bench(source, Results(args.cache, args.results))
-        while todo := wanted(bench, args):
-            if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
-                return
-            unit = todo[0]
-            result = bench.run(unit, args.cache / "running")
-            print(
-                f"{time.strftime('%H:%M:%S')} {unit.key}: {result['curve'][0][1]:.4f} to {result['curve'][-1][1]:.4f}, "
-                f"{result['seconds']:.0f} s; {len(todo) - 1} left",
-                flush=True,
-            )
-    except StoppedError as stopped:
-        raise SystemExit(f"{name}: {stopped}") from None
+        benches[name] = Bench(source, Results(args.cache, args.results))
+        return f"loss {source.told['loss']:.3f}"
+
+    def run(bench: Bench, unit: Unit) -> str:
+        if bench.done(unit):
+            return "done by another process"
+        result = bench.run(unit, args.cache / "running")
+        return f"{result['curve'][0][1]:.4f} to {result['curve'][-1][1]:.4f}, {result['seconds']:.0f} s"
+
+    found: dict[str, Callable[[], str]] = {
+        f"source {name}": partial(prepare, name) for name in args.sources if name not in benches
+    }
+    if units:
+        left_over = [(s, b, unit) for b in benches.values() for unit, s in wanted(b, args).items()]
+        left_over.sort(key=lambda one: STAGES.index(one[0]))
+        found |= {unit.key: partial(run, bench, unit) for _, bench, unit in left_over}
+    return found
 
 
-def wanted(bench: Bench, args: argparse.Namespace) -> list[Unit]:
+def wanted(bench: Bench, args: argparse.Namespace) -> dict[Unit, Stage]:
     """What is left of the units asked for."""
-    return [
-        unit
-        for unit in left(bench)
+    return {
+        unit: stage
+        for unit, stage in left(bench).items()
         if (args.arms is None or unit.arm in args.arms)
         and (args.steps_up_to is None or unit.steps <= args.steps_up_to)
-    ]
+    }
 
 
 def status(name: str, args: argparse.Namespace) -> str:

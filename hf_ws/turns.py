@@ -32,9 +32,7 @@ def settle_turn(
         raise CalibrationError(
             f"{axis}: no norm of the stream ran on the calibration data; is it what the model takes?"
         )
-    whole = sum(
-        (second / second.trace() for second in places.values()), torch.zeros(turn.size, turn.size).double()
-    )
+    whole = torch.stack([second * weight_of(second) for second in places.values()]).sum(0)
     free = turn.keep - turn.centred
     leading = torch.linalg.eigh(whole)[1].flip(1)[:, :free]
     largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
@@ -49,6 +47,11 @@ def settle_turn(
     }
     matrix = np.ascontiguousarray(matrix)
     return Dense(matrix, matrix, "leading directions of the"), levels
+
+
+def weight_of(second: Tensor) -> float:
+    """How much a place of the stream with these second moments counts: each alike, whatever its size."""
+    return 1 / float(second.trace())
 
 
 def _stream(second: Tensor, centred: bool) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_ws import AutoSubclone
@@ -22,7 +23,21 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False  # is given calibration sequences
     group: str = ABLATION
+    weight_of: Callable[[Tensor], float] | None = None  # in place of the library's, which balances the layers
     every_head: bool = False  # keeps all heads, each with fewer channels, at about the same parameters
+    only_if: Callable[[PreTrainedConfig], bool] | None = (
+        None  # of other sources it is the same as another arm
+    )
+
+
+def tied(config: PreTrainedConfig) -> bool:
+    """Whether the head is the embedding."""
+    return bool(config.tie_word_embeddings)
+
+
+def biased(config: PreTrainedConfig) -> bool:
+    """Whether matrices that read a cut axis have biases."""
+    return config.model_type == "gpt2"
 
 
 def _subclone(policy: str | None = None, group: str = ABLATION, **options: Any) -> Arm:
@@ -50,6 +65,10 @@ ARMS: dict[str, Arm] = {
     "rotation, drifted": _rotated(compensation=["least_squares", "least_squares_drifted"]),
     "rotation, no least squares": _rotated(compensation=[]),
     "rotation, first layers": _rotated("first"),
+    "rotation, merged neighbours": _rotated("merge_neighbours"),
+    "rotation, not balanced": replace(_rotated(), weight_of=lambda second: 1.0),
+    "rotation, output": _rotated(compensation=["least_squares", "output"]),
+    "rotation, head tied": replace(_rotated(method_args={"untie": False}), only_if=tied),
     "subclone, no gains": _subclone(rescale=False),
     "subclone, first layers": _subclone("first"),
     "subclone, block influence": _subclone("block_influence"),
@@ -57,6 +76,16 @@ ARMS: dict[str, Arm] = {
     "subclone, both least squares": Arm(
         {"method": "subclone", "compensation": ["least_squares", "least_squares_hidden"]}, True
     ),
+    "subclone, both least squares, drifted": Arm(
+        {
+            "method": "subclone",
+            "compensation": ["least_squares", "least_squares_hidden", "least_squares_drifted"],
+        },
+        True,
+    ),
+    "subclone, mean bias": Arm({"method": "subclone", "compensation": ["mean_bias"]}, True, only_if=biased),
+    "subclone, rms": Arm({"method": "subclone", "compensation": ["rms"]}, True),
+    "subclone, output": Arm({"method": "subclone", "compensation": ["output"]}, True),
     "subclone, explained": _subclone(score="explained"),
     "subclone, explained, both least squares": Arm(
         {
@@ -117,6 +146,11 @@ CLAIMS = (
     Claim("peers: whole heads, not a part of every head", "subclone", "subclone, split heads"),
     Claim("peers: least squares helps, on selection", "subclone, least squares", "subclone"),
     Claim("peers: least squares helps, on rotation", "rotation", "rotation, no least squares"),
+    Claim("prototype: every layer counts alike in the basis", "rotation", "rotation, not balanced"),
+    Claim("peers: refitting to the drifted stream helps, on rotation", "rotation, drifted", "rotation"),
+    Claim(
+        "peers: merging layers beats dropping them, on rotation", "rotation, merged neighbours", "rotation"
+    ),
     Claim("peers: L2 ranks better than the mean absolute activation", "subclone, L2", "subclone"),
     Claim("peers: block influence beats the middle drop", "subclone, block influence", "subclone"),
     Claim(
@@ -144,6 +178,8 @@ def sizes_for(arm: Arm, config: PreTrainedConfig, sizes: Mapping[str, int]) -> d
 
 def refusal(arm: Arm, source: str, config: PreTrainedConfig, sizes: Mapping[str, int]) -> str | None:
     """Why this version of the library has no such start of this source; None if it has."""
+    if arm.only_if is not None and not arm.only_if(config):
+        return f"the same as another arm, for this source is not {arm.only_if.__name__}"
     if arm.every_head and "heads" not in sizes:
         return "every head is kept by every arm"
     try:

@@ -44,6 +44,7 @@ LARGEST = 160_000_000  # characters of a corpus, about
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEASURED = 128  # held-out blocks of each split that a loss is taken over
 PARTS = ("train", "validation", "final")
+PARENTS = ("random", "subclone", "rotation")  # what is started from parents nearer and further
 END = "<|endoftext|>"
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "source"
 
@@ -59,6 +60,20 @@ LLAMA_100M: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": BLOCK, "tie_word_embeddings": False,
 }  # fmt: skip
+NEAR_LLAMA = LLAMA | {
+    "hidden_size": 320,
+    "intermediate_size": 832,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAR_LLAMA = LLAMA | {
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+}
 WIDE_LLAMA = {
     # of the parameters that are no embeddings: about 1/2 and 1/4 by width, by depth, by both; and the prototype's
     # target, 40 % of all parameters
@@ -93,6 +108,7 @@ class Recipe:
     peak: float = 3e-3  # learning rate
     batch: int = BATCH
     vocab: int | None = None  # VOCAB
+    arms: tuple[str, ...] | None = None  # all
     folder: Path | None = None
 
 
@@ -100,6 +116,23 @@ RECIPES = {
     "llama": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
     "gpt2": Recipe("stdlib", WIDE_GPT2, partial(GPT2Config, **GPT2), GPT2LMHeadModel, 12_000_000, 2e-3),
     "llama-peps": Recipe("peps", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
+    "llama-near": Recipe(
+        "stdlib",
+        {"both-40": WIDE_LLAMA["both-40"]},
+        partial(LlamaConfig, **NEAR_LLAMA),
+        LlamaForCausalLM,
+        12_000_000,
+        arms=PARENTS,
+    ),
+    "llama-far": Recipe(
+        "stdlib",
+        {"both-40": WIDE_LLAMA["both-40"]},
+        partial(LlamaConfig, **FAR_LLAMA),
+        LlamaForCausalLM,
+        12_000_000,
+        2e-3,
+        arms=PARENTS,
+    ),
     "llama-100m": Recipe(
         "installed",
         {"both-40": {"hidden": 512, "layers": 8, "heads": 9, "kv_heads": 3, "ffn": 1408}},
@@ -127,6 +160,7 @@ class Source:
     blocks: dict[str, Tensor]  # by part, [blocks, tokens]
     told: dict[str, Any]  # source.json
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
+    arms: tuple[str, ...] | None = None  # all
 
     @property
     def fingerprint(self) -> str:
@@ -247,7 +281,7 @@ def make(name: str, cache: Path, peps: Path | None) -> Source:
         seconds = _train(recipe, place, blocks) if recipe.folder is None else None
         told = _tell(name, folder, blocks, bytes_per_token, seconds)
         write_json(place / "source.json", told)
-    return Source(name, folder, blocks, told, recipe.targets)
+    return Source(name, folder, blocks, told, recipe.targets, recipe.arms)
 
 
 def _train(recipe: Recipe, place: Path, blocks: dict[str, Tensor]) -> float:
@@ -275,6 +309,8 @@ def _train(recipe: Recipe, place: Path, blocks: dict[str, Tensor]) -> float:
         train_blocks=blocks["train"],
         eval_blocks=measured(blocks["validation"]),
     )
+    folder = place / "run" / "model"  # kept in bf16, as large checkpoints are
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     return history.seconds
 
 

@@ -6,6 +6,7 @@ comes next follows from the results that are there and from `STAGES`, the most i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
@@ -13,17 +14,19 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.starting.arms import ARMS, MAIN, refusal, sizes_for
 from benchmarks.starting.sources import BATCH, BLOCK, DEVICE, Source, loss_of, machine, measured
-from hf_ws import AutoSubclone, __version__
+from hf_ws import AutoSubclone, __version__, turns
 from hf_ws.errors import DivergenceError, ResumeError
 from hf_ws.training import TrainConfig, train
 from hf_ws.training.run_folder import write_json
@@ -32,7 +35,7 @@ PER_STEP = BLOCK * BATCH  # tokens
 CHOOSING = "both-40"  # the target that learning rates are chosen on
 RATES = (1e-3, 2e-3, 4e-3)  # and beyond, by factors of 2, while the best is at an edge
 LEAST, MOST = 1.25e-4, 3.2e-2
-SEARCH, SHORT, LONG = 100, 400, 1500  # steps
+SEARCH, HALF, SHORT, LONG = 100, 200, 400, 1500  # steps
 ENOUGH = 11_250  # steps: 20 tokens a parameter of the demo's student
 EVALUATED = (
     *(3, 6, 12, 25, 50, 75, 100, 150, 200, 250, 300, 350, 400, 500, 600, 800, 1000, 1250, 1500),
@@ -78,6 +81,7 @@ STAGES = (
     Stage("every start, not trained", 0, (0,), None),
     Stage("main arms, seed 0", SHORT, (0,), True),
     Stage("main arms, seeds 1 and 2", SHORT, (1, 2), True),
+    Stage("main arms, half as long", HALF, (0, 1, 2), True),
     Stage("ablations, seed 0", SHORT, (0,), False),
     Stage("every start, not trained, other targets", 0, (0,), None, elsewhere=True),
     Stage("main arms, longer, seed 0", LONG, (0,), True),
@@ -104,6 +108,9 @@ class Results:
 
     def of(self, unit: Unit, fingerprint: str) -> dict[str, Any] | None:
         """The result of a unit from the source with this fingerprint."""
+        file = self.folder / f"{unit.key}.json"
+        if unit.key not in self._done and file.is_file():  # by another process
+            self._done[unit.key] = json.loads(file.read_text(encoding="utf-8"))
         found = self._done.get(unit.key)
         return found if found and found["fingerprint"] == fingerprint else None
 
@@ -121,6 +128,19 @@ class Results:
         self._done[unit.key] = result
 
 
+@contextmanager
+def claim(file: Path) -> Iterator[bool]:
+    """Whether the file is this process's, until it is done with it or dies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 @dataclass(frozen=True)
 class Bench:
     """One source, and what is done with it."""
@@ -136,7 +156,7 @@ class Bench:
             targets = [t for t in self.source.targets if (t != CHOOSING) == stage.elsewhere]
             for seed in stage.seeds:
                 for target in targets:
-                    for arm in ARMS:
+                    for arm in self.source.arms or ARMS:
                         if stage.main in (None, ARMS[arm].group == MAIN) and not self.refusal(arm, target):
                             yield from ((stage, unit) for unit in self._for(stage, target, arm, seed))
 
@@ -191,15 +211,16 @@ class Bench:
         arm, blocks = ARMS[unit.arm], self.source.blocks["train"]
         drawn = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(1000 + unit.seed))
         sizes = self.source.targets[unit.target]
-        return AutoSubclone.from_pretrained(
-            self.source.folder,
-            **arm.options,
-            **sizes_for(arm, AutoConfig.from_pretrained(self.source.folder), sizes),
-            calibration=blocks[drawn[:CALIBRATION]] if arm.calibrated else None,
-            seed=unit.seed,
-            dtype=torch.float32,
-            device=DEVICE,
-        )
+        with mock.patch.object(turns, "weight_of", arm.weight_of or turns.weight_of):
+            return AutoSubclone.from_pretrained(
+                self.source.folder,
+                **arm.options,
+                **sizes_for(arm, AutoConfig.from_pretrained(self.source.folder), sizes),
+                calibration=blocks[drawn[:CALIBRATION]] if arm.calibrated else None,
+                seed=unit.seed,
+                dtype=torch.float32,
+                device=DEVICE,
+            )
 
     def run(self, unit: Unit, scratch: Path) -> dict[str, Any]:
         """Measure a unit's start, train it, and keep the result."""
