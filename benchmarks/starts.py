@@ -105,6 +105,12 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="only units of at most so many steps; 0 measures starts and trains none",
     )
+    add(
+        "--steps-from",
+        type=int,
+        default=0,
+        help="only units of at least so many steps; 1 leaves out what is not trained",
+    )
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"only these, of: {'; '.join(ARMS)}")
     add("--minutes", type=float, help="begin no unit after this long")
     add("--threads", type=int, help="of torch; all cores if not given")
@@ -177,6 +183,7 @@ def wanted(bench: Bench, args: argparse.Namespace) -> dict[Unit, Stage]:
         unit: stage
         for unit, stage in left(bench).items()
         if (args.arms is None or unit.arm in args.arms)
+        and args.steps_from <= unit.steps
         and (args.steps_up_to is None or unit.steps <= args.steps_up_to)
     }
 

@@ -42,6 +42,7 @@ VOCAB = 4096
 LEARNT = 2**25  # characters that a tokenizer is trained on, about
 LARGEST = 160_000_000  # characters of a corpus, about
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAVED = DEVICE == "cpu"  # a GPU is through before a checkpoint is worth its time
 MEASURED = 128  # held-out blocks of each split that a loss is taken over
 PARTS = ("train", "validation", "final")
 PARENTS = ("random", "subclone", "rotation")  # what is started from parents nearer and further
@@ -300,7 +301,7 @@ def _train(recipe: Recipe, place: Path, blocks: dict[str, Tensor]) -> float:
     config = TrainConfig(
         output=str(place / "run"), resume=True, tokens=recipe.tokens, batch_size=recipe.batch, precision="bf16",
         learning_rate=recipe.peak, min_lr_ratio=0.02, warmup_steps=100, eval_every=max(1, steps // 20),
-        save_every=max(50, steps // 50), log_every=25, progress=False,
+        save_every=max(50, steps // 50) * SAVED, log_every=25, progress=False,
     )  # fmt: skip
     history = train(
         config,

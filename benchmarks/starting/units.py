@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.starting.arms import ARMS, MAIN, refusal, sizes_for
-from benchmarks.starting.sources import BATCH, BLOCK, DEVICE, Source, loss_of, machine, measured
+from benchmarks.starting.sources import BATCH, BLOCK, DEVICE, SAVED, Source, loss_of, machine, measured
 from hf_ws import AutoSubclone, __version__, turns
 from hf_ws.errors import DivergenceError, ResumeError
 from hf_ws.training import TrainConfig, train
@@ -259,7 +259,8 @@ class Bench:
         config = TrainConfig(
             steps=unit.steps, batch_size=BATCH, learning_rate=unit.rate, precision="bf16", seed=unit.seed,
             warmup_steps=20, eval_every=0, eval_at=at, log_every=unit.steps, progress=False,
-            save_every=max(100, unit.steps // 10), output=str(scratch / unit.key), resume=True, save_model=False,
+            save_every=max(100, unit.steps // 10) * SAVED, output=str(scratch / unit.key), resume=True,
+            save_model=False,
         )  # fmt: skip
         try:
             return self._curve(config, model)
