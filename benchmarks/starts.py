@@ -147,14 +147,19 @@ def work(args: argparse.Namespace) -> None:
         todo = {key: task for key, task in todo.items() if key not in given_up}
         if not todo:
             break
-        if not any(is_taken(key, task) for key, task in todo.items()):
+        if not any(is_taken(key, task) for key, task in todo.items() if task is not None):
             time.sleep(5)  # what is left is with other processes
     if given_up:
         raise SystemExit(f"failed, as told above: {', '.join(sorted(given_up))}")
 
 
-def tasks(benches: dict[str, Bench], args: argparse.Namespace, units: bool) -> dict[str, Callable[[], str]]:
-    """What can be done now, in order: sources to train or to read, then, if wanted, units, stage by stage."""
+def tasks(
+    benches: dict[str, Bench], args: argparse.Namespace, units: bool
+) -> dict[str, Callable[[], str] | None]:
+    """What is left, in order: sources to train or to read, then, if wanted, units, stage by stage.
+
+    None for a run whose learning rate other runs are still to choose.
+    """
 
     def prepare(name: str) -> str:
         source = make(name, args.cache, args.peps)
@@ -167,13 +172,16 @@ def tasks(benches: dict[str, Bench], args: argparse.Namespace, units: bool) -> d
         result = bench.run(unit, args.cache / "running")
         return f"{result['curve'][0][1]:.4f} to {result['curve'][-1][1]:.4f}, {result['seconds']:.0f} s"
 
-    found: dict[str, Callable[[], str]] = {
+    found: dict[str, Callable[[], str] | None] = {
         f"source {name}": partial(prepare, name) for name in args.sources if name not in benches
     }
     if units:
         left_over = [(s, b, unit) for b in benches.values() for unit, s in wanted(b, args).items()]
         left_over.sort(key=lambda one: STAGES.index(one[0]))
-        found |= {unit.key: partial(run, bench, unit) for _, bench, unit in left_over}
+        found |= {
+            unit.key: partial(run, bench, unit) if unit.rate or not unit.steps else None
+            for _, bench, unit in left_over
+        }
     return found
 
 

@@ -136,7 +136,7 @@ RECIPES = {
     ),
     "llama-100m": Recipe(
         "installed",
-        {"both-40": {"hidden": 512, "layers": 8, "heads": 9, "kv_heads": 3, "ffn": 1408}},
+        {"both-40": {"hidden": 576, "layers": 7, "heads": 9, "kv_heads": 3, "ffn": 1280}},
         partial(LlamaConfig, **LLAMA_100M),
         LlamaForCausalLM,
         60_000_000,
