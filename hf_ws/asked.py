@@ -15,7 +15,7 @@ from hf_ws.depth import LayerPolicy
 from hf_ws.errors import CalibrationError, PlanError, unknown
 from hf_ws.evidence import Evidence
 from hf_ws.maps import called
-from hf_ws.methods import METHODS, Method, default_compensation, default_method
+from hf_ws.methods import METHODS, Method, default_compensation, default_layer_policy, default_method
 from hf_ws.search.goal import Goal
 from hf_ws.vocabulary import Vocabulary
 
@@ -30,7 +30,7 @@ class Ask:
     goal: Goal | None = None
     method: str | Method | None = None
     method_args: Mapping[str, Any] = field(default_factory=dict)
-    layer_policy: str | LayerPolicy | Sequence[int] | None = None
+    layer_policy: str | LayerPolicy | Sequence[int] | tuple[str, ...] | None = None
     calibration: Any = None
     compensation: Sequence[str] | None = None
     seed: int = 0
@@ -76,7 +76,10 @@ class Ask:
         compensation = self.compensation
         if compensation is None:
             compensation = default_compensation(method, calibrated)
-        return replace(self, method=method, compensation=compensation)
+        policy = self.layer_policy
+        if policy is None:
+            policy = default_layer_policy(calibrated)
+        return replace(self, method=method, compensation=compensation, layer_policy=policy)
 
     @property
     def chosen(self) -> Method:
@@ -85,11 +88,13 @@ class Ask:
         return _method(self.method, self.method_args)
 
     @property
-    def policy(self) -> str | LayerPolicy | Sequence[int]:
-        """The layer policy asked for, or the method's own."""
-        if self.layer_policy is not None:
-            return self.layer_policy
-        return getattr(self.chosen, "layer_policy", "first")
+    def policies(self) -> tuple[str | LayerPolicy | Sequence[int], ...]:
+        """The layer policy asked for; or the method's own, each to be taken where none before it can be had."""
+        asked: Any = self.layer_policy
+        if asked is None:
+            asked = getattr(self.chosen, "layer_policy", "first")
+        several = isinstance(asked, tuple) and bool(asked) and all(isinstance(one, str) for one in asked)
+        return asked if several else (asked,)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Ask:

@@ -26,7 +26,7 @@ from hf_ws.axes import LAYERS, VOCAB, kind_of
 from hf_ws.depth import Context, LayerPolicy, behind_the_first, blends_of, kept_layers
 from hf_ws.depth import wants_of as policy_wants
 from hf_ws.derive import derive_config, read_request
-from hf_ws.errors import PlanError
+from hf_ws.errors import CalibrationError, PlanError
 from hf_ws.evidence import Observation, calibration_inputs, observe, tokenizer_of
 from hf_ws.layouts import certify as certify_class
 from hf_ws.layouts.census import Shapes, census, check_census, check_same_parts, wanting_the_first
@@ -287,7 +287,7 @@ def _observed(opened: store.Source, ask: Ask) -> Observation | None:
     """The source on the calibration data, run when something is first asked of it; None without data."""
     if ask.calibration is None:
         return None
-    wants = (*(policy_wants(ask.policy) or ()), *getattr(ask.chosen, "wants", ()))
+    wants = (*(policy_wants(ask.policies[0]) or ()), *getattr(ask.chosen, "wants", ()))
     if (score := ask.method_args.get("score")) is not None:
         wants += score_wants(score)
     wants += compensations.wants_of(compensations.chosen(ask.compensation, ask.chosen))
@@ -310,7 +310,7 @@ def _planned(
     if ask.vocabulary is not None:
         sizes, fields = sizes | ask.vocabulary.sizes(config), ask.vocabulary.fields(config) | fields
     grows = bool(getattr(method, "grows", False))
-    kept = _kept(ask.policy, depths, sizes, grows, observed)
+    kept = _kept(ask.policies, depths, sizes, grows, observed)
     for axis in led(certificate.stacks) & kept.keys():
         kept[axis] = behind_the_first(axis, kept[axis], depths[axis])
 
@@ -357,29 +357,43 @@ def _planned(
 
 
 def _kept(
-    policy: str | LayerPolicy | Sequence[int],
+    policies: tuple[str | LayerPolicy | Sequence[int], ...],
     depths: Mapping[str, int],
     sizes: dict[str, int],
     grows: bool,
     observed: Observation | None,
 ) -> dict[str, Any]:
-    """The layers that a policy keeps, by the axis that counts them; how many are asked for is taken out of `sizes`."""
+    """The layers kept, by the axis that counts them; how many are asked for is taken out of `sizes`.
+
+    They are those of the first policy that can be had of this source and this data.
+    """
     stacks = [axis for axis in depths if kind_of(axis) == LAYERS]
-    if isinstance(policy, Sequence) and not isinstance(policy, str) and LAYERS not in stacks:
+    if isinstance(policies[0], Sequence) and not isinstance(policies[0], str) and LAYERS not in stacks:
         raise PlanError(
             f"layer_policy names layers, but there are several stacks: {', '.join(stacks)}; name a policy"
         )
-    everywhere = isinstance(policy, str) or callable(policy)
-    return {
-        axis: kept_layers(
-            policy if axis == LAYERS or everywhere else "first",
-            depths[axis],
-            sizes.pop(axis, None),
-            grows,
-            None if observed is None else Context(axis, observed, policy_wants(policy) or ()),
-        )
-        for axis in stacks
-    }
+
+    def kept(axis: str, policy: str | LayerPolicy | Sequence[int], *others: Any) -> tuple[int, ...]:
+        everywhere = isinstance(policy, str) or callable(policy)
+        try:
+            return kept_layers(
+                policy if axis == LAYERS or everywhere else "first",
+                depths[axis],
+                sizes.get(axis),
+                grows,
+                None if observed is None else Context(axis, observed, policy_wants(policy) or ()),
+            )
+        except CalibrationError as error:
+            if not others:
+                raise
+            if observed is not None:
+                logger.warning("%s; %s is taken", error, others[0])
+            return kept(axis, *others)
+
+    found = {axis: kept(axis, *policies) for axis in stacks}
+    for axis in stacks:
+        sizes.pop(axis, None)
+    return found
 
 
 def _settled(plan: Plan, opened: store.Source, observed: Observation | None) -> Plan:

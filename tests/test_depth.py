@@ -22,6 +22,7 @@ from tests import families
 
 IDS = families.tokens(rows=3, length=10)
 WITH_DATA = [name for name, policy in POLICIES.items() if wants_of(policy) is not None]
+THREE = ("angular_distance", "block_influence")  # and the middle dropped: what lowest_loss chooses from
 DROPPING = [name for name in WITH_DATA if name != "merge_neighbours"]
 
 
@@ -96,6 +97,11 @@ def test_a_policy_keeps_what_it_was_asked_to(policy: str, data: st.DataObject) -
         runs = [math.fsum(numbers[i : i + depth - keep]) for i in range(keep + 1)]
         assert math.fsum(numbers[i] for i in dropped) == min(runs)
         assert not dropped or dropped == list(range(dropped[0], dropped[-1] + 1))
+    elif policy == "lowest_loss":  # no choice of the three costs less
+        others = [tuple(range((keep + 1) // 2)) + tuple(range(depth - keep // 2, depth))]
+        others += [POLICIES[name](depth, keep, Context("layers", told)) for name in THREE]
+        assert found in others
+        assert told.loss({*dropped}) == min(told.loss({*range(depth)} - {*other}) for other in others)
     elif policy == "block_influence":
         assert min((numbers[i] for i in dropped), default=1.0) >= max(numbers[i] for i in found)
     else:  # losses that add up: the greedy choice is the best
@@ -125,6 +131,21 @@ def test_a_callable_may_look_at_the_evidence() -> None:
     loud = [float(found.statistic("variance", "hidden", layer).sum()) for layer in range(4)]
     expected = sorted(torch.tensor(loud).topk(2).indices.tolist())
     assert kept(source, loudest) == {"layers": tuple(expected)}
+
+
+def test_where_no_loss_tells_the_default_drops_the_middle_and_says_why(caplog) -> None:
+    source = families.model("bert")
+    plan = AutoSubclone.plan(source, layers=2, calibration=IDS)
+    assert plan.layers == {"layers": (0, 3)}
+    assert "gives no loss without labels" in caplog.text
+    assert "middle_dropped is taken" in caplog.text
+
+
+def test_the_default_is_the_choice_with_the_lowest_loss() -> None:
+    source = idle(families.model("llama"), 0, 1)  # what the middle drop would keep and lose is not the least
+    plan = AutoSubclone.plan(source, layers=2, calibration=taught(source))
+    assert plan.layers == {"layers": (2, 3)}
+    assert kept(source, None, data=taught(source)) == {"layers": (0, 3)}  # subclone, as published
 
 
 def test_skipping_is_dropping() -> None:

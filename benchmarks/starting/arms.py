@@ -50,8 +50,8 @@ def _selected(policy: str | None = None, group: str = ABLATION, **options: Any) 
     return Arm({"method": "weight_selection", "layer_policy": policy, "method_args": options}, group=group)
 
 
-def _rotated(policy: str | None = None, group: str = ABLATION, **options: Any) -> Arm:
-    """Rotation with a layer policy and further arguments of `from_pretrained`."""
+def _rotated(policy: str = "middle_dropped", group: str = ABLATION, **options: Any) -> Arm:
+    """Rotation with a layer policy, in place of its own, and further arguments of `from_pretrained`."""
     return Arm({"method": "rotation", "layer_policy": policy, **options}, True, group)
 
 
@@ -60,7 +60,10 @@ ARMS: dict[str, Arm] = {
     "weight_selection": _selected(group=MAIN),
     "subclone": _subclone(group=MAIN),
     "rotation": _rotated(group=MAIN),
+    "rotation, lowest loss": _rotated("lowest_loss", MAIN),  # the default
     "rotation, block influence": _rotated("block_influence"),
+    "rotation, angular distance": _rotated("angular_distance"),
+    "rotation, loss increase": _rotated("loss_increase"),
     "rotation, drifted, output": _rotated(compensation=["least_squares", "least_squares_drifted", "output"]),
     "rotation, drifted": _rotated(compensation=["least_squares", "least_squares_drifted"]),
     "rotation, no least squares": _rotated(compensation=[]),
@@ -159,6 +162,11 @@ CLAIMS = (
     Claim(
         "ours: block influence beats the middle drop, on rotation", "rotation, block influence", "rotation"
     ),
+    Claim(
+        "ours: angular distance beats the middle drop, on rotation", "rotation, angular distance", "rotation"
+    ),
+    Claim("ours: the lowest loss beats the middle drop, on rotation", "rotation, lowest loss", "rotation"),
+    Claim("ours: loss increase beats the middle drop, on rotation", "rotation, loss increase", "rotation"),
 )
 
 

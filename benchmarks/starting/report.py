@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.starting.arms import ARMS, CLAIMS, MAIN
-from benchmarks.starting.units import CHOOSING, ENOUGH, LONG, PER_STEP, SEARCH, SHORT
+from benchmarks.starting.units import CHOOSING, ENOUGH, HALF, LONG, PER_STEP, SEARCH, SHORT
 from hf_ws.compare.report import tokens_to
 
 BASELINE, PUBLISHED = "random", "subclone"
@@ -58,7 +58,7 @@ class Report:
         """Held-out loss before training, the median over every run of the arm."""
         starts = {
             seed: one["curve"][0][1]
-            for steps in (0, SHORT, LONG, ENOUGH)
+            for steps in (0, HALF, SHORT, LONG, ENOUGH)
             for seed, one in self.runs(arm, steps, target).items()
         }
         return statistics.median(starts.values()) if starts else None
@@ -116,7 +116,7 @@ def tables(report: Report) -> str:
     size = f"{told['parameters']:,} parameters ({told['without_embeddings']:,} without embeddings)"
     loss = f"held-out loss {told['loss']:.3f} nats per token, {told['bits_per_byte']:.3f} bits per byte"
     parts = [f"### From `{told['name']}`\n\n{size}, {_trained(told)}{loss}."]
-    for steps in (SHORT, LONG, ENOUGH):
+    for steps in (HALF, SHORT, LONG, ENOUGH):
         targets = dict.fromkeys(target for target, _, count in report._runs if count == steps)
         parts += [_training_table(report, steps, target) for target in targets]
     parts += [part for part in (_start_table(report), _claims_table(report), _aims(report)) if part]
@@ -210,6 +210,16 @@ def _aims(report: Report) -> str:
         [f"tokens to {PUBLISHED}'s loss at 0.8 M", "1/8 of them", _share(half_way, HALF_WAY)],
         [f"tokens to {PUBLISHED}'s end", "less than 1/2 of them", _share(to_published, total)],
     ]
+    if (halves := report.runs(best, HALF)) and report.runs(PUBLISHED, SHORT):
+        ends = report.runs(PUBLISHED, SHORT)
+        leads = [ends[s]["curve"][-1][1] - halves[s]["curve"][-1][1] for s in sorted(set(ends) & set(halves))]
+        aims.append(
+            [
+                f"below {PUBLISHED}'s end after half its steps, by a schedule of that length",
+                "yes",
+                _span(leads, "+.3f"),
+            ]
+        )
     if report.runs(best, ENOUGH):
         found = report.tokens_to_end_of(BASELINE, best, ENOUGH)
         aims.append(

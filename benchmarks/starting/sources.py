@@ -114,7 +114,8 @@ class Recipe:
 
 
 RECIPES = {
-    "llama": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
+    "llama": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 8_000_000, 1e-3),
+    "llama-3e-3": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
     "gpt2": Recipe("stdlib", WIDE_GPT2, partial(GPT2Config, **GPT2), GPT2LMHeadModel, 12_000_000, 2e-3),
     "llama-peps": Recipe("peps", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
     "llama-near": Recipe(

@@ -28,6 +28,7 @@ from hf_ws.depth.first import first
 from hf_ws.depth.kept import Kept, blends_of, merged
 from hf_ws.depth.last import last
 from hf_ws.depth.loss_increase import loss_increase
+from hf_ws.depth.lowest_loss import lowest_loss
 from hf_ws.depth.merge_neighbours import merge_neighbours
 from hf_ws.depth.middle_dropped import middle_dropped
 from hf_ws.errors import CalibrationError, PlanError, SizeError, unknown
@@ -42,6 +43,7 @@ POLICIES: dict[str, LayerPolicy] = {
     "block_influence": block_influence,
     "angular_distance": angular_distance,
     "loss_increase": loss_increase,
+    "lowest_loss": lowest_loss,
     "merge_neighbours": merge_neighbours,
 }
 

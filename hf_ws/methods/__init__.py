@@ -4,17 +4,18 @@
 
     AutoSubclone.from_pretrained("gpt2", hidden=384, method=my_method, method_args={"option": 2})
 
-A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none), `compensation`
-(names in `hf_ws.compensation.COMPENSATIONS`, likewise), `grows` (True if it can make an axis longer than the source's)
-and `wants` (what its plans will ask of calibration data, so that one pass collects it together with what the layer
-policy asks; see `hf_ws.evidence.STATISTICS`).
+A method may carry `layer_policy` (a name in `hf_ws.depth.POLICIES`, used when the user names none; or several, each for
+where those before it look at data that is not there), `compensation` (names in `hf_ws.compensation.COMPENSATIONS`,
+likewise), `grows` (True if it can make an axis longer than the source's) and `wants` (what its plans will ask of
+calibration data, so that one pass collects it together with what the layer policy asks; see
+`hf_ws.evidence.STATISTICS`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_ws.methods.default import default_compensation, default_method
+from hf_ws.methods.default import default_compensation, default_layer_policy, default_method
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
 from hf_ws.methods.rotation import rotation
@@ -36,6 +37,7 @@ __all__ = [
     "Method",
     "Request",
     "default_compensation",
+    "default_layer_policy",
     "default_method",
     "random",
     "rotation",

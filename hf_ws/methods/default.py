@@ -25,3 +25,8 @@ def default_compensation(method: str, calibrated: bool) -> tuple[str, ...] | Non
     training and after.
     """
     return ("least_squares", "least_squares_hidden") if calibrated and method == "subclone" else None
+
+
+def default_layer_policy(calibrated: bool) -> tuple[str, ...] | None:
+    """The layer policies of `default_method`, as a method carries them; None for the method's own."""
+    return ("lowest_loss", "middle_dropped") if calibrated else None
