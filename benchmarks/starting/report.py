@@ -15,6 +15,7 @@ from benchmarks.starting.units import CHOOSING, ENOUGH, HALF, LONG, PER_STEP, SE
 from hf_ws.compare.report import tokens_to
 
 BASELINE, PUBLISHED = "random", "subclone"
+RUNS = (0, HALF, SHORT, LONG, ENOUGH)  # steps; those of the search for rates are left out
 SHOWN = (0, 50, 200, 1000)  # steps, and the end
 HALF_WAY = 200 * PER_STEP  # tokens: the subclone arm's loss there is what others are to reach
 
@@ -54,12 +55,15 @@ class Report:
         found = [arm for at, arm, count in self._runs if at == target and count == steps]
         return [arm for arm in ARMS if arm in found] + sorted(set(found) - ARMS.keys())
 
+    def started(self) -> list[str]:
+        """The arms whose loss before training is known, in a run or alone; but for the baseline."""
+        found = dict.fromkeys(arm for steps in RUNS for arm in self.arms(steps))
+        return [arm for arm in found if arm != BASELINE]
+
     def first_loss(self, arm: str, target: str = CHOOSING) -> float | None:
         """Held-out loss before training, the median over every run of the arm."""
         starts = {
-            seed: one["curve"][0][1]
-            for steps in (0, HALF, SHORT, LONG, ENOUGH)
-            for seed, one in self.runs(arm, steps, target).items()
+            seed: one["curve"][0][1] for steps in RUNS for seed, one in self.runs(arm, steps, target).items()
         }
         return statistics.median(starts.values()) if starts else None
 
@@ -116,7 +120,7 @@ def tables(report: Report) -> str:
     size = f"{told['parameters']:,} parameters ({told['without_embeddings']:,} without embeddings)"
     loss = f"held-out loss {told['loss']:.3f} nats per token, {told['bits_per_byte']:.3f} bits per byte"
     parts = [f"### From `{told['name']}`\n\n{size}, {_trained(told)}{loss}."]
-    for steps in (HALF, SHORT, LONG, ENOUGH):
+    for steps in RUNS[1:]:
         targets = dict.fromkeys(target for target, _, count in report._runs if count == steps)
         parts += [_training_table(report, steps, target) for target in targets]
     parts += [part for part in (_start_table(report), _claims_table(report), _aims(report)) if part]
@@ -148,7 +152,7 @@ def _training_table(report: Report, steps: int, target: str) -> str:
 
 def _start_table(report: Report) -> str:
     targets = list(dict.fromkeys(one["unit"]["target"] for one in report.units))
-    arms = [arm for arm in report.arms(0) if arm != BASELINE]
+    arms = report.started()
     rows = [
         [
             arm,
@@ -258,7 +262,7 @@ def _ahead(report: Report, best: str, published: Sequence[str], steps: int) -> s
 def final_table(report: Report) -> str:
     """The second held-out part, on which nothing was chosen: report it once."""
     rows = []
-    for steps in (SHORT, LONG, ENOUGH):
+    for steps in RUNS[1:]:
         for arm in report.arms(steps):
             runs = list(report.runs(arm, steps).values())
             firsts, ends = ([one["final"].get(when, math.inf) for one in runs] for when in ("start", "end"))
@@ -327,7 +331,7 @@ def draw(report: Report, folder: Path) -> None:
         )
         place.xaxis.set_major_formatter(EngFormatter(sep=""))
         place.legend(frameon=False)
-    arms = [arm for arm in report.arms(0) if arm != BASELINE]
+    arms = report.started()
     arms.sort(key=lambda arm: report.gap_closed(arm) or 0.0)
     axes[-1].barh(arms, [100 * (report.gap_closed(arm) or 0.0) for arm in arms], color="C0")
     axes[-1].set(title="before training", xlabel="gap closed, %")
