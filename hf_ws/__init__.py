@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         SizeError,
         UnsupportedArchitectureError,
     )
-    from hf_ws.evidence import calibrate
+    from hf_ws.evidence import Evidence, calibrate
     from hf_ws.plan import Plan
     from hf_ws.vocabulary import Vocabulary, choose_vocabulary, trim_tokenizer
 
@@ -41,6 +41,7 @@ _ROOMS = {
     "DataError": "errors",
     "DistillationError": "errors",
     "DivergenceError": "errors",
+    "Evidence": "evidence",
     "HfWsError": "errors",
     "OutputError": "errors",
     "Plan": "plan",
@@ -63,6 +64,7 @@ __all__ = [
     "DataError",
     "DistillationError",
     "DivergenceError",
+    "Evidence",
     "HfWsError",
     "OutputError",
     "Plan",

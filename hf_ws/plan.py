@@ -189,9 +189,13 @@ class Plan:
                 yield f"layer {key} is a sum of layers {', '.join(parts)}, which are not all there"
 
     def _is_parameter(self, name: str) -> bool:
-        """Whether this is a parameter, or a norm, by its name as it is or with its layer's number written `*`."""
+        """Whether this is a parameter, or a norm, by its name as it is or with its layer's number written `*`.
+
+        Which of its numbers that is, a stage's before it or an expert's behind it, the name does not say.
+        """
         known = {*map(of_any_kind, (*self.layouts, *self.folds))}
-        return bool({name, _LAYER.sub(".*.", name, count=1)} & known)
+        spelled = (f"{name[: n.start()]}.*.{name[n.end() :]}" for n in _LAYER.finditer(name))
+        return not known.isdisjoint({name, *spelled})
 
     def _is_layer(self, scope: str) -> bool:
         """Whether what stands after the @ is a layer, not a parameter."""

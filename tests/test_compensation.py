@@ -92,6 +92,8 @@ def _added(model: PreTrainedModel) -> float:
 def test_an_unknown_compensation_is_named() -> None:
     with pytest.raises(PlanError, match="compensation 'undo' is unknown; known are least_squares, "):
         AutoSubclone.plan(families.model("llama"), ffn=64, compensation=["undo"])
+    with pytest.raises(PlanError, match=r"\['rms', 'rms'\] names one twice; each is done once"):
+        AutoSubclone.plan(families.model("llama"), hidden=32, compensation=["rms", "rms"])
 
 
 def test_without_data_there_is_nothing_to_fit() -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_ws import AutoSubclone
 from hf_ws.depth import POLICIES, Context, wants_of
-from hf_ws.errors import CalibrationError
+from hf_ws.errors import CalibrationError, PlanError
 from hf_ws.evidence import calibrate, loss_without
 from hf_ws.layouts import certify
 from tests import families
@@ -146,6 +147,17 @@ def test_the_default_is_the_choice_with_the_lowest_loss() -> None:
     plan = AutoSubclone.plan(source, layers=2, calibration=taught(source))
     assert plan.layers == {"layers": (2, 3)}
     assert kept(source, None, data=taught(source)) == {"layers": (0, 3)}  # subclone, as published
+
+
+def test_layers_may_be_numbers_of_numpy_and_nothing_else() -> None:
+    source = families.model("llama")
+    plan = AutoSubclone.plan(source, layers=2, layer_policy=lambda depth, keep: np.arange(keep) * 2)
+    assert plan.layers == {"layers": (0, 2)}
+    assert all(type(layer) is int for layer in plan.layers["layers"])
+    with pytest.raises(
+        PlanError, match="layer_policy gave None; wanted are the numbers of the layers to keep"
+    ):
+        AutoSubclone.plan(source, layers=2, layer_policy=lambda depth, keep: None)
 
 
 def test_skipping_is_dropping() -> None:

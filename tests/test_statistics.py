@@ -370,13 +370,13 @@ def test_a_killed_calibration_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert len(counted) == 2  # it is done: nothing runs
 
 
-@pytest.mark.parametrize("what", ["model", "data", "code", "wants"])
+@pytest.mark.parametrize("what", ["weights", "data", "code", "wants"])
 def test_a_cache_of_something_else_is_refused(
     what: str, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrate(llama, IDS, wants=("mean_abs",), cache=tmp_path / "sums")
     model, ids, wants = llama, IDS, ("mean_abs",)
-    if what == "model":
+    if what == "weights":
         model = families.model("llama").double()
         with torch.no_grad():
             model.model.norm.weight[0] += 1
@@ -386,7 +386,7 @@ def test_a_cache_of_something_else_is_refused(
         monkeypatch.setattr("hf_ws.evidence.fingerprint.FORMAT", 0)
     else:
         wants = ("mean_abs", "rms")
-    with pytest.raises(CalibrationError, match=f"sums is of another {what}; remove it, or name another file"):
+    with pytest.raises(CalibrationError, match=f"sums is of other {what}; remove it, or name another file"):
         calibrate(model, ids, wants=wants, cache=tmp_path / "sums")
 
 

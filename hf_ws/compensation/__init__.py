@@ -17,7 +17,7 @@ from hf_ws.compensation.mean_bias import mean_bias
 from hf_ws.compensation.output import output
 from hf_ws.compensation.rms import rms
 from hf_ws.compensation.running import Running
-from hf_ws.errors import unknown
+from hf_ws.errors import PlanError, unknown
 from hf_ws.plan import Plan
 
 Compensation = Callable[..., Plan]
@@ -43,11 +43,13 @@ def chosen(asked: Sequence[str] | None, method: Callable[..., Plan]) -> tuple[st
     """What is to be done against what the maps lose: what is asked, or the method's own.
 
     Raises:
-        PlanError: a name that is not in `COMPENSATIONS`.
+        PlanError: a name that is not in `COMPENSATIONS`, or that comes twice.
     """
     if asked is None:
         return tuple(getattr(method, "compensation", ()))
     for name in asked:
         if name not in COMPENSATIONS:
             raise unknown("compensation", name, COMPENSATIONS)
+    if len({*asked}) < len(asked):
+        raise PlanError(f"compensation {list(asked)} names one twice; each is done once")
     return tuple(asked)

@@ -17,6 +17,7 @@ Each stack of a model (`encoder.layers`, `decoder.layers`) is asked for by itsel
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def kept_layers(
         PlanError: an unknown policy, or one that does not keep what it was asked to.
     """
     if isinstance(policy, Sequence) and not isinstance(policy, str):
-        kept = tuple(policy)
+        kept = _layers(policy)
         if asked is not None and asked != len(kept):
             raise SizeError(f"layers={asked}, but layer_policy names {len(kept)}: {list(kept)}")
     else:
@@ -132,7 +133,15 @@ def _chosen(policy: Any, depth: int, keep: int, context: Context | None) -> tupl
 
 
 def _layers(found: Sequence[int]) -> tuple[int, ...]:
-    return found if isinstance(found, Kept) else tuple(found)
+    """The layers as they are kept in a plan: NumPy's whole numbers become Python's."""
+    if isinstance(found, Kept):
+        return found
+    try:
+        return tuple(one if isinstance(one, bool) else operator.index(one) for one in found)
+    except TypeError:
+        raise PlanError(
+            f"layer_policy gave {found!r}; wanted are the numbers of the layers to keep"
+        ) from None
 
 
 def behind_the_first(axis: str, kept: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ class Cache:
         theirs = header.get("fingerprint", {})
         if wrong := [name for name, own in self._fingerprint.items() if theirs.get(name) != own]:
             raise CalibrationError(
-                f"cache {path} is of another {' and '.join(wrong)}; remove it, or name another file"
+                f"cache {path} is of other {' and '.join(wrong)}; remove it, or name another file"
             )
         return Sums(tensors), int(header["done"]), bool(header["complete"])
 

@@ -19,7 +19,7 @@ from hf_ws.evidence.collect import Collector
 from hf_ws.evidence.data import calibration_inputs
 from hf_ws.evidence.fingerprint import fingerprint
 from hf_ws.evidence.finish import finish
-from hf_ws.evidence.loss import summed_loss, with_labels
+from hf_ws.evidence.loss import placed, summed_loss, with_labels
 from hf_ws.evidence.record import STATISTICS, Evidence
 from hf_ws.evidence.sums import Sums, share
 from hf_ws.layouts import Certificate, certify
@@ -32,7 +32,7 @@ def calibrate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     certificate: Certificate | None = None,
-    wants: tuple[str, ...] = ("moments",),
+    wants: Sequence[str] = ("moments",),
     cache: str | Path | None = None,
 ) -> Evidence:
     """Run `model` over `data` and average what it does.
@@ -75,9 +75,10 @@ def calibrate(
     return finish(sums, [*readers, *blocks], sizes_of(model.config), wants, of)
 
 
-def _checked(wants: tuple[str, ...]) -> tuple[str, ...]:
+def _checked(wants: Sequence[str]) -> tuple[str, ...]:
     """Every statistic that is wanted, in the order of `STATISTICS`."""
-    for name in (wants,) if isinstance(wants, str) else wants:
+    wants = (wants,) if isinstance(wants, str) else wants
+    for name in wants:
         if name not in STATISTICS:
             raise CalibrationError(str(unknown("statistic", name, STATISTICS)))
     return tuple(name for name in STATISTICS if name in ("mean_abs", *wants))
@@ -115,7 +116,7 @@ def _collect(
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], collector: Collector) -> None:
     """One batch, forwards and, for Taylor terms, backwards."""
-    moved = {name: value.to(model.device) for name, value in inputs.items()}
+    moved = placed(model, inputs)
     collector.mask = moved.get("attention_mask")
     taylor = "taylor" in collector.wants
     if taylor:

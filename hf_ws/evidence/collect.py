@@ -49,7 +49,9 @@ class Collector:
             self._hooks.append(hook)
         if "moments" in self.wants:
             for name, parameter in sites.inputs(self._model, self._certificate).items():
-                self._before(modules[name], self._input(parameter))
+                gain = getattr(modules[name], "weight", None)
+                width = len(gain) if isinstance(gain, Tensor) and gain.ndim == 1 else None
+                self._before(modules[name], self._input(parameter, width))
         if "routes" in self.wants:
             for name, (axis, layer) in sites.experts(self._model, self._certificate).items():
                 hook = modules[name].register_forward_pre_hook(self._routed(axis, layer), with_kwargs=True)
@@ -143,12 +145,13 @@ class Collector:
 
     def _block(self, site: Site, counts: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            after = output[0] if isinstance(output, tuple) else output
-            if not isinstance(after, Tensor) or after.shape[-1] != self._sizes[site.axis]:
+            width = self._sizes[site.axis]
+            after = _stream(output[0] if isinstance(output, tuple | list) else output, width)
+            if after is None:
                 return
             self._add(site, after)
-            before = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(before, Tensor) and before.shape == after.shape:
+            before = _stream(args[0] if args else kwargs.get("hidden_states"), width)
+            if before is not None and before.shape == after.shape:
                 self._compare(site, counts, before, after)
 
         return hook
@@ -180,17 +183,20 @@ class Collector:
 
     # ------------------------------------------------------------------------------------------ moments, routes
 
-    def _input(self, parameter: str) -> Callable[[Tensor], Tensor | None]:
-        """Second moments of what a module reads, once for all that read the same tensor.
+    def _input(self, parameter: str, width: int | None) -> Callable[[Tensor], Tensor | None]:
+        """Second moments of what a module reads, once for all that read the same tensor; of a norm of this width.
 
         `read|one|other` counts how often parameter `one` read what was counted under `other`.
         """
         head = parameter == self._certificate.head
 
         def see(values: Tensor) -> Tensor | None:
-            by = next((by for seen, by in self._recent if seen is values), None)
+            by = next((by for known, by in self._recent if known is values), None)
             if by is None:
-                self._add_moments(by := parameter, self._flat(values))
+                seen = values if width is None else _stream(values, width)
+                if seen is None:
+                    return None
+                self._add_moments(by := parameter, self._flat(seen))
                 self._recent = [(values, parameter), *self._recent[: RECENT - 1]]
             self.sums.add(f"read|{parameter}|{by}", 1.0)
             return values[:, -1:] if head and self.only_last else None
@@ -235,3 +241,12 @@ class Collector:
         self.sums.add(f"routed|{layer}", routed[:size].clone())
         self.sums.add(f"weighted|{layer}", weighted[:size].clone())
         self.sums.add(f"sent|{layer}", float(len(index)))
+
+
+def _stream(values: Any, width: int) -> Tensor | None:
+    """A stream of this width with its channels last, as pictures in convolutional nets have them second; or None."""
+    if not isinstance(values, Tensor) or values.ndim < 2:
+        return None
+    if values.shape[-1] == width:
+        return values
+    return values.movedim(1, -1) if values.ndim == 4 and values.shape[1] == width else None

@@ -45,7 +45,7 @@ def loss_without(
     model.eval()
     try:
         for inputs in batches[rank::processes]:
-            moved = with_labels(model, {name: value.to(model.device) for name, value in inputs.items()})
+            moved = with_labels(model, placed(model, inputs))
             loss, count = summed_loss(model, model(**moved), moved["labels"])
             sums.add("loss", float(loss))
             sums.add("count", float(count))
@@ -58,15 +58,22 @@ def loss_without(
     return sums.number("loss") / max(sums.number("count"), 1.0)
 
 
+def placed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the model's device; of a model that is offloaded its own hooks move it from the CPU."""
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
 def _passed_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A layer's input in place of its output."""
     before = args[0] if args else kwargs.get("hidden_states")
-    after = output[0] if isinstance(output, tuple) else output
+    several = isinstance(output, tuple | list)
+    after = output[0] if several else output
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape != after.shape:
         raise CalibrationError(
             "a layer whose output has another shape than its input cannot be skipped; name another layer_policy"
         )
-    return (before, *output[1:]) if isinstance(output, tuple) else before
+    return type(output)((before, *output[1:])) if several else before
 
 
 def with_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

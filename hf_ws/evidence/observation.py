@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence.calibrate import calibrate
 from hf_ws.evidence.data import calibration_inputs
+from hf_ws.evidence.fingerprint import weights_fingerprint
 from hf_ws.evidence.loss import loss_without
 from hf_ws.evidence.record import Evidence
 from hf_ws.layouts import Certificate, certify
@@ -46,12 +47,13 @@ class Observation:
     ) -> None:
         self._load, self._tokenizer, self._data, self._wants = model, tokenizer, data, wants
         self._found = data if isinstance(data, Evidence) else None
+        self._checked = False
 
     def evidence(self, wants: tuple[str, ...] = ()) -> Evidence:
         """Evidence with everything that was announced, and with this."""
         if isinstance(self._data, Evidence):
             self._data.require(wants)
-            self._check_sizes(self._data)
+            self._check_source(self._data)
             return self._data
         if self._found is None or not {*wants} <= {*self._found.wants}:
             self._wants = (*self._wants, *wants)
@@ -60,7 +62,9 @@ class Observation:
             )
         return self._found
 
-    def _check_sizes(self, evidence: Evidence) -> None:
+    def _check_source(self, evidence: Evidence) -> None:
+        if self._checked:
+            return
         sizes = sizes_of(self.model.config)
         for (axis, _), values in evidence.items():
             if len(values) != sizes.get(axis):
@@ -68,6 +72,13 @@ class Observation:
                     f"this evidence is of a model with {axis}={len(values)}, the source has {sizes.get(axis)}; "
                     "calibrate the source"
                 )
+        of = evidence.fingerprint.get("weights")
+        if of is not None and of != weights_fingerprint(self.model):
+            logger.warning(
+                "calibration= is evidence of other weights than the source's, which may do something else; calibrate "
+                "the source"
+            )
+        self._checked = True
 
     def loss(self, skipped: Collection[int | str] = ()) -> float:
         """The source's mean loss on the data, in nats, with some layers skipped: see `loss_without`."""

@@ -59,7 +59,7 @@ class Evidence(Mapping[Key, Tensor]):
     route_weights: Mapping[int | str, Tensor] = field(default_factory=dict)
     """By layer, float64 [experts]: the router's weight of each expert, averaged over all tokens."""
     fingerprint: Mapping[str, str] = field(default_factory=dict)
-    """What it was collected from: `model`, `data`, `code`, and `wants`."""
+    """What it was collected from: `model`, `weights`, `data`, `code`, and `wants`."""
 
     def statistic(self, name: str, axis: str, layer: int | str | None) -> Tensor | None:
         """One number for each index of an axis: float64 [size], or None where no activation can be seen.

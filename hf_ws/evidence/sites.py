@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +93,20 @@ def inputs(model: PreTrainedModel, certificate: Certificate) -> dict[str, str]:
 
 
 def experts(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple[str, int | str]]:
-    """The modules that hold a layer's fused experts, by name: the axis that counts these, and the layer."""
+    """The modules that hold a layer's fused experts, by name: the axis that counts these, and the layer.
+
+    They have a parameter with an expert in each place of its first dimension, or are told which experts to take and
+    have one beneath them whose first dimension goes through all experts (DBRX).
+    """
     found = {}
     for name, module in model.named_modules():
         _, layer = generic(f"{name}.weight", certificate.stacks)
-        for own, _ in module.named_parameters(recurse=False):
+        told = "top_k_index" in signature(module.forward).parameters
+        for own, _ in module.named_parameters(recurse=told):
             layout = _layout(f"{name}.{own}", certificate)
-            counts = layout[0].expression if len(layout) == 3 else None
-            if layer is not None and isinstance(counts, str) and kind_of(counts) == EXPERTS:
+            counts = layout[0].axes[0] if layout and layout[0].axes else ""
+            whole = len(layout) == 3 and layout[0].expression == counts
+            if layer is not None and kind_of(counts) == EXPERTS and (whole or told):
                 found[name] = (counts, layer)
     return found
 

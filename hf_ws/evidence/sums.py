@@ -6,6 +6,7 @@ interrupted all come together by addition.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_ws.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 SPARE = 0.25  # the share of the machine's memory that sums leave free
 PANEL = 512  # rows of a square that are added to at a time
@@ -106,7 +109,13 @@ def zeros(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def share() -> tuple[int, int]:
-    """Which of how many processes this is."""
+    """Which of how many processes this is; one that was launched with others and not joined to them is alone."""
     if not dist.is_available() or not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            logger.warning(
+                "%s processes were launched and are not joined: each calibrates on all the data; join them first, with "
+                "accelerate.PartialState()",
+                os.environ["WORLD_SIZE"],
+            )
         return 0, 1
     return dist.get_rank(), dist.get_world_size()

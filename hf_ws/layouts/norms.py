@@ -61,7 +61,8 @@ def offset_of(norm: nn.Module) -> float:
     kept = weight.clone()
     weight.zero_()
     probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(1)).to(weight)
-    moved = norm(probe) - (getattr(norm, "bias", None) if getattr(norm, "bias", None) is not None else 0.0)
+    bias = getattr(norm, "bias", None)
+    moved = _normed(norm, probe) - (0.0 if bias is None else bias)
     weight.copy_(kept)
     return float(bool(moved.abs().max() > 0))
 
@@ -69,4 +70,12 @@ def offset_of(norm: nn.Module) -> float:
 def centres(norm: nn.Module, size: int) -> bool:
     """Whether the norm does not see what all channels have in common."""
     probe = torch.randn(2, size, generator=torch.Generator().manual_seed(1))
-    return bool(torch.allclose(norm(probe), norm(probe + 3.0), atol=1e-6))
+    return bool(torch.allclose(_normed(norm, probe), _normed(norm, probe + 3.0), atol=1e-6))
+
+
+def _normed(norm: nn.Module, probe: torch.Tensor) -> torch.Tensor:
+    """What a norm makes of [rows, channels], given as pictures of one pixel to one that takes only these."""
+    try:
+        return norm(probe)
+    except (RuntimeError, ValueError):
+        return norm(probe[:, :, None, None])[:, :, 0, 0]
