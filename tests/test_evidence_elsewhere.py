@@ -14,6 +14,8 @@ from transformers import (
     ConvNextForImageClassification,
     DbrxConfig,
     DbrxForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     PreTrainedModel,
@@ -159,3 +161,25 @@ def test_experts_in_one_matrix_are_routed_to() -> None:
         chosen = logits[layer].softmax(-1).topk(2).indices
         expected = torch.bincount(chosen.flatten(), minlength=4).double() / IDS.numel()
         torch.testing.assert_close(found.routes[layer], expected)
+
+
+def test_a_router_that_chooses_by_zeros_is_read() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 1}
+    config = Llama4TextConfig(**sizes, **layers, **experts, intermediate_size_mlp=48, pad_token_id=0)
+    source = Llama4ForCausalLM(config).eval()
+    found = calibrate(source, IDS, wants=("routes",))
+    rows: list[torch.Tensor] = []
+    router = source.model.layers[1].feed_forward.router
+    hook = router.register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    with torch.no_grad():
+        source(IDS)
+    hook.remove()
+    scores = rows[0] @ router.weight.detach().T
+    chosen = scores.topk(2).indices
+    expected = torch.bincount(chosen.flatten(), minlength=4).double() / IDS.numel()
+    torch.testing.assert_close(found.routes[1], expected)
+    weights = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen).sigmoid())
+    torch.testing.assert_close(found.route_weights[1], weights.double().mean(0), rtol=1e-5, atol=1e-7)

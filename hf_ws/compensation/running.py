@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ws.evidence import Observation
+from hf_ws.evidence import Observation, device_of, placed
 from hf_ws.layouts.norms import is_norm
 from hf_ws.plan import Plan
 
@@ -31,11 +31,11 @@ class Running:
         if str(values.get("dtype")).removeprefix("torch.") in ("bfloat16", "float16"):
             values["dtype"] = "float32"
         made = self.build(replace(plan, target_config=values, compensation=()))
-        return made.to(self.observed.model.device)
+        return made.to(device_of(self.observed.model))
 
     def batch(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The first batch, where the model is."""
-        return {name: value.to(model.device) for name, value in self.observed.batches[0].items()}
+        return placed(model, self.observed.batches[0])
 
     def inputs(self, model: PreTrainedModel, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """For each batch, what these modules are given first: float64 [tokens, width] by name, padding left out.
@@ -43,7 +43,7 @@ class Running:
         A pass ends when all have been seen.
         """
         for batch in self.observed.batches:
-            moved = {name: value.to(model.device) for name, value in batch.items()}
+            moved = placed(model, batch)
             yield _rows(seen(model, moved, names), moved.get("attention_mask"))
 
 

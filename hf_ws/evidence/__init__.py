@@ -10,7 +10,7 @@ reads `(heads head_dim)` each head's context; every block's output is the residu
 
 from hf_ws.evidence.calibrate import calibrate
 from hf_ws.evidence.data import BATCH, BLOCK, calibration_inputs
-from hf_ws.evidence.loss import loss_without
+from hf_ws.evidence.loss import device_of, loss_without, placed
 from hf_ws.evidence.observation import Observation, observe, tokenizer_of
 from hf_ws.evidence.record import STATISTICS, Evidence, Moments
 from hf_ws.evidence.sites import by_axis
@@ -25,7 +25,9 @@ __all__ = [
     "by_axis",
     "calibrate",
     "calibration_inputs",
+    "device_of",
     "loss_without",
     "observe",
+    "placed",
     "tokenizer_of",
 ]

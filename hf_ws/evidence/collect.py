@@ -39,6 +39,8 @@ class Collector:
         self._hooks: list[Any] = []
         self._recent: list[tuple[Tensor, str]] = []
         self._boundaries: dict[str, list[Tensor]] = {}
+        self._routes: dict[int | str, tuple[str, Tensor, Tensor | None]] = {}
+        self._told: set[int | str] = set()  # layers whose experts are told which tokens are theirs
 
     def __enter__(self) -> None:
         modules = dict(self._model.named_modules())
@@ -56,6 +58,8 @@ class Collector:
             for name, (axis, layer) in sites.experts(self._model, self._certificate).items():
                 hook = modules[name].register_forward_pre_hook(self._routed(axis, layer), with_kwargs=True)
                 self._hooks.append(hook)
+            for name, (axis, layer) in sites.routers(self._model, self._certificate).items():
+                self._hooks.append(modules[name].register_forward_hook(self._chosen(axis, layer)))
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
@@ -64,6 +68,10 @@ class Collector:
 
     def end_batch(self) -> None:
         """Let go of the batch's tensors, the angles between the boundaries taken."""
+        for layer, route in self._routes.items():
+            if layer not in self._told:
+                self._add_routes(layer, *route)
+        self._routes.clear()
         for counts, streams in self._boundaries.items():
             self._angles(counts, streams)
         self._recent, self._boundaries, self.leaves = [], {}, []
@@ -218,17 +226,31 @@ class Collector:
             chosen = next((v for v in given if not v.is_floating_point() and v.dtype != torch.bool), None)
             if chosen is None:
                 return
-            kept = torch.ones(len(chosen), dtype=torch.bool)
-            if self.mask is not None and self.mask.numel() == len(chosen):
-                kept = self.mask.reshape(-1).cpu().bool()
-            index = chosen.detach().cpu()[kept].long()
             weights = next((v for v in given if v.is_floating_point() and v.shape[0] == len(chosen)), None)
-            self._add_routes(axis, layer, index, None if weights is None else weights.detach().cpu()[kept])
+            self._told.add(layer)
+            self._add_routes(layer, axis, chosen, weights)
 
         return hook
 
-    def _add_routes(self, axis: str, layer: int | str, index: Tensor, weights: Tensor | None) -> None:
-        size = self._sizes[axis]
+    def _chosen(self, axis: str, layer: int | str) -> Callable[..., None]:
+        """The same of a router that gives every expert's weight, zero where it is not chosen (Llama 4)."""
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            weights = output[0] if isinstance(output, tuple) else output
+            if isinstance(weights, Tensor) and weights.ndim == 2 and weights.shape[1] == self._sizes[axis]:
+                count = int((weights != 0).sum(1).max())
+                if count < self._sizes[axis]:  # else these are no choices
+                    self._routes[layer] = (axis, weights.detach().topk(count).indices, weights.detach())
+
+        return hook
+
+    def _add_routes(self, layer: int | str, axis: str, chosen: Tensor, weights: Tensor | None) -> None:
+        """Tokens' experts [tokens, chosen], and their weights, likewise or of every expert; padding is left out."""
+        size, kept = self._sizes[axis], torch.ones(len(chosen), dtype=torch.bool)
+        if self.mask is not None and self.mask.numel() == len(chosen):
+            kept = self.mask.reshape(-1).cpu().bool()
+        index = chosen.detach().cpu()[kept].long()
+        weights = None if weights is None else weights.detach().cpu()[kept]
         routed, weighted = torch.zeros(
             2, size + 1, dtype=torch.float64
         )  # some classes use one more for "none"

@@ -58,10 +58,14 @@ def loss_without(
     return sums.number("loss") / max(sums.number("count"), 1.0)
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model is given its inputs; one that is offloaded moves them itself, from the CPU."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def placed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch on the model's device; of a model that is offloaded its own hooks move it from the CPU."""
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    return {name: value.to(device) for name, value in inputs.items()}
+    """A batch on the model's device."""
+    return {name: value.to(device_of(model)) for name, value in inputs.items()}
 
 
 def _passed_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

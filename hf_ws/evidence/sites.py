@@ -111,6 +111,19 @@ def experts(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple
     return found
 
 
+def routers(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple[str, int | str]]:
+    """The modules that score a layer's experts and choose among them too, by name: the axis, and the layer."""
+    found = {}
+    for name, module in model.named_modules():
+        _, layer = generic(f"{name}.weight", certificate.stacks)
+        layout = _layout(f"{name}.weight", certificate)
+        counts = layout[0].expression if len(layout) == 2 and _is_stream(layout[1]) else None
+        chooses = type(module) is not nn.Linear
+        if layer is not None and isinstance(counts, str) and kind_of(counts) == EXPERTS and chooses:
+            found[name] = (counts, layer)
+    return found
+
+
 def place(dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
     """The index on `axis` of each position along `dim`, -1 where it has none: integers [length of `dim`]."""
     return torch.from_numpy(coordinates(dim, sizes)[axis])
