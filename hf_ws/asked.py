@@ -96,6 +96,12 @@ class Ask:
         several = isinstance(asked, tuple) and bool(asked) and all(isinstance(one, str) for one in asked)
         return asked if several else (asked,)
 
+    @property
+    def listed(self) -> Sequence[int] | None:
+        """The layers themselves, if they were asked for by their numbers."""
+        first = self.policies[0]
+        return None if isinstance(first, str) or callable(first) else first
+
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Ask:
         """From the arguments of `AutoSubclone.from_pretrained`, by name."""

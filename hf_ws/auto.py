@@ -266,8 +266,8 @@ def _space(
 ) -> tuple[search.Space, Callable[[search.Shape], Plan]]:
     """What a goal searches, and how a shape of it is planned."""
     sizes, fields = read_request(config, ask.sizes, ask.fields)
-    if isinstance(ask.layer_policy, Sequence) and not isinstance(ask.layer_policy, str):
-        sizes = {LAYERS: len(ask.layer_policy), **sizes}
+    if ask.listed is not None:
+        sizes = {LAYERS: len(ask.listed), **sizes}
     asked, other = sizes, fields
     if ask.vocabulary is not None:
         asked, other = sizes | ask.vocabulary.sizes(config), ask.vocabulary.fields(config) | fields

@@ -164,6 +164,7 @@ def test_with_data_the_best_start_is_taken_on_what_it_has_not_seen(llama) -> Non
     counted, kept = data[[i for i in range(12) if i % 4 != 3]], data[3::4]
     plan = AutoSubclone.plan(llama, params="20K", calibration=data)
     assert plan.is_settled
+    assert len({row["sizes"]["layers"] for row in plan.search["shapes"]}) > 1
     scores = []
     for row in plan.search["shapes"]:
         model = AutoSubclone.from_pretrained(llama, calibration=counted, **row["sizes"])
