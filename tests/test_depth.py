@@ -134,11 +134,19 @@ def test_a_callable_may_look_at_the_evidence() -> None:
     assert kept(source, loudest) == {"layers": tuple(expected)}
 
 
-def test_where_no_loss_tells_the_default_drops_the_middle_and_says_why(caplog) -> None:
+def test_where_no_loss_can_be_had_the_default_is_block_influence_and_says_why(caplog) -> None:
     source = families.model("bert")
     plan = AutoSubclone.plan(source, layers=2, calibration=IDS)
-    assert plan.layers == {"layers": (0, 3)}
+    assert plan.layers == kept(source, "block_influence")
     assert "gives no loss without labels" in caplog.text
+    assert "block_influence is taken" in caplog.text
+    caplog.clear()
+    source = families.model("llama")
+    plan = AutoSubclone.plan(source, layers=2, calibration=calibrate(source, IDS))
+    assert plan.layers == kept(source, "block_influence")
+    assert "block_influence is taken" in caplog.text
+    bare = calibrate(source, IDS, wants=("moments",))
+    assert AutoSubclone.plan(source, layers=2, calibration=bare).layers == {"layers": (0, 3)}
     assert "middle_dropped is taken" in caplog.text
 
 

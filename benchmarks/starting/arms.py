@@ -23,6 +23,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False  # is given calibration sequences
     group: str = ABLATION
+    sequences: int | None = None  # of calibration text; None for the usual number
     weight_of: Callable[[Tensor], float] | None = None  # in place of the library's, which balances the layers
     every_head: bool = False  # keeps all heads, each with fewer channels, at about the same parameters
     only_if: Callable[[PreTrainedConfig], bool] | None = (
@@ -70,6 +71,8 @@ ARMS: dict[str, Arm] = {
     "rotation, first layers": _rotated("first"),
     "rotation, merged neighbours": _rotated("merge_neighbours"),
     "rotation, not balanced": replace(_rotated(), weight_of=lambda second: 1.0),
+    "rotation, 8 sequences": replace(_rotated(), sequences=8),
+    "rotation, 256 sequences": replace(_rotated(), sequences=256),
     "rotation, output": _rotated(compensation=["least_squares", "output"]),
     "rotation, head tied": replace(_rotated(method_args={"untie": False}), only_if=tied),
     "subclone, no gains": _subclone(rescale=False),

@@ -216,7 +216,7 @@ class Bench:
                 self.source.folder,
                 **arm.options,
                 **sizes_for(arm, AutoConfig.from_pretrained(self.source.folder), sizes),
-                calibration=blocks[drawn[:CALIBRATION]] if arm.calibrated else None,
+                calibration=blocks[drawn[: arm.sequences or CALIBRATION]] if arm.calibrated else None,
                 seed=unit.seed,
                 dtype=torch.float32,
                 device=DEVICE,
@@ -292,8 +292,9 @@ def left(bench: Bench) -> dict[Unit, Stage]:
 
 
 def seconds_a_unit(bench: Bench, units: list[Unit]) -> float:
-    """How long units will take by those of this source that are done; 0 where none is."""
+    """How long units will take by those of this source that were done on such a machine; 0 where none was."""
     done = bench.results.all(bench.source.name, bench.source.fingerprint)
+    done = [one for one in done if one.get("machine") == machine()]
     trained = [
         one["seconds"] / one["unit"]["steps"] / one["parameters"] for one in done if one["unit"]["steps"]
     ]

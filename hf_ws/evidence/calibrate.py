@@ -32,7 +32,7 @@ def calibrate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     certificate: Certificate | None = None,
-    wants: Sequence[str] = ("moments",),
+    wants: Sequence[str] = ("moments", "similarity"),
     cache: str | Path | None = None,
 ) -> Evidence:
     """Run `model` over `data` and average what it does.
@@ -46,10 +46,10 @@ def calibrate(
             `attention_mask` says so.
         tokenizer: Needed for texts.
         certificate: The model's layouts, if they are at hand.
-        wants: Which of `STATISTICS`; `mean_abs` is always there. `moments` are what rotation and the compensations look
-            at; they cost memory and time in the square of each width. `taylor` runs backwards too and holds the
-            activations of a whole batch; it takes the loss of the labels in the data, of a causal language model
-            without any that of the next token.
+        wants: Which of `STATISTICS`; `mean_abs` is always there. `similarity` is what the default layer policy looks
+            at, `moments` what rotation and the compensations do; these cost memory and time in the square of each
+            width. `taylor` runs backwards too and holds the activations of a whole batch; it takes the loss of the
+            labels in the data, of a causal language model without any that of the next token.
         cache: A file that the sums are written to every now and then, and read from: a calibration that was killed
             goes on where it was, and one that is done is not run again.
 

@@ -29,4 +29,4 @@ def default_compensation(method: str, calibrated: bool) -> tuple[str, ...] | Non
 
 def default_layer_policy(calibrated: bool) -> tuple[str, ...] | None:
     """The layer policies of `default_method`, as a method carries them; None for the method's own."""
-    return ("lowest_loss", "middle_dropped") if calibrated else None
+    return ("lowest_loss", "block_influence", "middle_dropped") if calibrated else None

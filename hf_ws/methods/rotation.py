@@ -73,6 +73,6 @@ def rotation(
     return request.plan(maps, folds=folds, gains=gains)
 
 
-rotation.layer_policy = ("lowest_loss", "middle_dropped")  # type: ignore[attr-defined]
+rotation.layer_policy = ("lowest_loss", "block_influence", "middle_dropped")  # type: ignore[attr-defined]
 rotation.compensation = ("least_squares", "least_squares_hidden")  # type: ignore[attr-defined]
 rotation.wants = ("moments",)  # type: ignore[attr-defined]
