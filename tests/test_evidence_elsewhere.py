@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     AutoModelForCausalLM,
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -16,6 +18,8 @@ from transformers import (
     DbrxForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     PreTrainedModel,
@@ -25,6 +29,7 @@ from transformers import (
 
 import hf_ws
 from hf_ws import AutoSubclone, Evidence, calibrate
+from hf_ws.errors import CalibrationError
 from hf_ws.evidence.sums import share
 from tests import families
 
@@ -147,6 +152,22 @@ def test_stages_fall_back_to_selection_and_still_run(source: Any, sizes: Any, co
         source(), calibration=PICTURES, compensation=compensation, method="rotation", **sizes
     )
     assert torch.isfinite(found(PICTURES[0]["pixel_values"]).logits).all()
+
+
+def test_where_no_stream_is_seen_neurons_and_heads_are(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 160, "hidden_size": 32, "embedding_size": 16, "intra_bottleneck_size": 16}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    source = MobileBertForMaskedLM(MobileBertConfig(**sizes, **layers)).eval()
+    assert {axis for axis, _ in calibrate(source, IDS)} == {"bottleneck.heads", "ffn"}
+    assert AutoSubclone.from_pretrained(source, ffn=16, calibration=IDS).config.intermediate_size == 16
+    AutoSubclone.from_pretrained(source, hidden=24, method="subclone", calibration=IDS)
+    assert "hidden: no activation to be seen, ranked by weight magnitude" in caplog.text
+    albert = AlbertForMaskedLM(AlbertConfig(**sizes, **layers, num_hidden_groups=1)).eval()
+    with pytest.raises(
+        CalibrationError, match=r"no layers that are counted \(ALBERT\); then leave calibration out"
+    ):
+        calibrate(albert, IDS)
 
 
 def test_experts_in_one_matrix_are_routed_to() -> None:

@@ -29,8 +29,11 @@ def finish(
     sites = [site for site in seen if f"count|{site.key}" in sums]
     if sites and not any(sums.number(f"count|{site.key}") for site in sites):
         raise CalibrationError("the attention_mask of the calibration data leaves no token; give some text")
-    if not any(kind_of(site.axis) == HIDDEN for site in sites):
-        raise CalibrationError("no block ran on the calibration data; is it what this model takes?")
+    if not sites:
+        raise CalibrationError(
+            "nothing that is watched ran on the calibration data: it is not what this model takes, or the class has no "
+            "layers that are counted (ALBERT); then leave calibration out"
+        )
     return Evidence(
         wants=wants,
         fingerprint=fingerprint,

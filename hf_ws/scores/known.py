@@ -39,5 +39,7 @@ class Known:
         else:
             found = self.evidence.statistic(statistic, axis, layer)
         if found is None:
-            logger.info("%s of layer %s: no activation to be seen, ranked by weight magnitude", axis, layer)
+            level = logging.INFO if layer is not None else logging.WARNING  # of the whole net: the stream
+            where = axis if layer is None else f"{axis} of layer {layer}"
+            logger.log(level, "%s: no activation to be seen, ranked by weight magnitude", where)
         return found
