@@ -48,6 +48,7 @@ class Observation:
         self._load, self._tokenizer, self._data, self._wants = model, tokenizer, data, wants
         self._found = data if isinstance(data, Evidence) else None
         self._checked = False
+        self._losses: dict[frozenset[int | str], float] = {}
 
     def evidence(self, wants: tuple[str, ...] = ()) -> Evidence:
         """Evidence with everything that was announced, and with this."""
@@ -81,8 +82,11 @@ class Observation:
         self._checked = True
 
     def loss(self, skipped: Collection[int | str] = ()) -> float:
-        """The source's mean loss on the data, in nats, with some layers skipped: see `loss_without`."""
-        return loss_without(self.model, self.batches, self._certificate, skipped)
+        """The source's mean loss on the data, in nats, with some layers skipped; run once for each choice."""
+        without = frozenset(skipped)
+        if without not in self._losses:
+            self._losses[without] = loss_without(self.model, self.batches, self._certificate, without)
+        return self._losses[without]
 
     @cached_property
     def model(self) -> PreTrainedModel:
