@@ -104,7 +104,8 @@ class AutoSubclone:
                 that was measured: "rotation" with `calibration`, unless the head is tied; else "subclone".
             method_args: The method's own options, such as `{"rescale": False}`.
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
-                of source layers to keep; the method's own policy if None.
+                of source layers to keep. If None the method's own; of "rotation", and where no method is named,
+                "lowest_loss" with `calibration`.
             calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, an iterable of model inputs, or
                 the `Evidence` that `calibrate` gave; methods that rank by activation, or turn the stream, look at it.
             compensation: Names in `COMPENSATIONS`: what is done with that data against what the maps lose, in this
@@ -167,7 +168,8 @@ class AutoSubclone:
         """What `from_pretrained` with the same arguments would do, from `config.json` alone.
 
         What a method ranks stays open (`Rank`) until the weights are read; `plan.apply(source)` settles it. Only
-        with `calibration` is the source's model run here, and the plan comes back settled.
+        with `calibration` is the source's model run here, and the plan comes back settled; without, its layers are
+        those of a policy that needs no data.
 
         Args and errors are those of `from_pretrained`.
         """
