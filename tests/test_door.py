@@ -19,6 +19,7 @@ NAMES = [
     "DataError",
     "DistillationError",
     "DivergenceError",
+    "Evidence",
     "HfWsError",
     "OutputError",
     "Plan",

@@ -137,7 +137,10 @@ def _layers(found: Sequence[int]) -> tuple[int, ...]:
     if isinstance(found, Kept):
         return found
     try:
-        return tuple(one if isinstance(one, bool) else operator.index(one) for one in found)
+        return tuple(
+            operator.index(one) if hasattr(one, "__index__") and not isinstance(one, bool) else one
+            for one in found
+        )
     except TypeError:
         raise PlanError(
             f"layer_policy gave {found!r}; wanted are the numbers of the layers to keep"

@@ -18,7 +18,7 @@ from hf_ws import store
 from hf_ws.auto import AutoSubclone
 from hf_ws.errors import PlanError
 from hf_ws.hub import PLAN_FILE
-from hf_ws.methods import default_compensation, default_method
+from hf_ws.methods import default_method
 from hf_ws.plan import Plan
 from hf_ws.training.blocks import Subclone
 
@@ -65,12 +65,10 @@ class Start:
                 )
             found = mapping[type(config)]
             name = str((found[0] if isinstance(found, tuple) else found).__name__)
+        first = asked  # of the method that the data will choose, and of no data yet
         if asked.method is None and not asked.method_args:
-            method, own = default_method(config, asked.calibration > 0), asked.compensation
-            if own is None and (best := default_compensation(method, asked.calibration > 0)):
-                own = list(best)
-            asked = replace(asked, method=method, compensation=own)
-        plan = AutoSubclone.plan(asked.source, **cls._arguments(asked, name))
+            first = replace(asked, method=default_method(config, asked.calibration > 0))
+        plan = AutoSubclone.plan(asked.source, **cls._arguments(first, name))
         return cls(asked, name, type(config).from_dict(dict(plan.target_config)), plan)
 
     @staticmethod
