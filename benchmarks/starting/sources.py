@@ -95,6 +95,15 @@ WIDE_GPT2 = {
     "both-1/2": {"hidden": 320, "layers": 6, "heads": 5, "ffn": 1216},
     "both-1/4": {"hidden": 256, "layers": 5, "heads": 4, "ffn": 832},
 }
+SMALL_LLAMA = {  # of the demo's source
+    "both-40": {"hidden": 192, "layers": 6, "heads": 2, "kv_heads": 1, "ffn": 320},
+    "width-1/2": {"hidden": 192, "heads": 2, "kv_heads": 1, "ffn": 384},
+    "width-1/4": {"hidden": 128, "heads": 2, "kv_heads": 1, "ffn": 256},
+    "depth-1/2": {"layers": 4},
+    "depth-1/4": {"layers": 2},
+    "both-1/2": {"hidden": 224, "layers": 6, "heads": 2, "kv_heads": 1, "ffn": 448},
+    "both-1/4": {"hidden": 160, "layers": 5, "heads": 2, "kv_heads": 1, "ffn": 352},
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ RECIPES = {
     ),
     "demo": Recipe(
         "stdlib",
-        {"both-40": {"hidden": 192, "layers": 6, "heads": 2, "kv_heads": 1, "ffn": 320}},
+        SMALL_LLAMA,
         folder=DEMO,
     ),
 }
