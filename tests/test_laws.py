@@ -138,7 +138,7 @@ def test_dead_heads_leave_without_a_trace(family: str) -> None:
 
 @torch.no_grad()
 def _silence(source: PreTrainedModel, axis: str, dead: torch.Tensor) -> None:
-    """Zero what these indices write, and inside fused experts also what reads them, which no hook can see."""
+    """Zero what these indices write."""
     certificate, sizes = certify(type(source), source.config), sizes_of(source.config)
     alive = sorted(set(range(sizes[axis])) - set(dead.tolist()))
     maps, smaller = {axis: alive}, {**sizes, axis: len(alive)}
@@ -149,7 +149,7 @@ def _silence(source: PreTrainedModel, axis: str, dead: torch.Tensor) -> None:
     for name, parameter in source.named_parameters():
         pattern, layer = generic(name, certificate.stacks)
         for at, dim in enumerate(parse(certificate.layouts[pattern])):
-            if layer is None or not set(dim.axes) & set(maps) or (dim.reads and "experts" not in name):
+            if layer is None or not set(dim.axes) & set(maps) or dim.reads:
                 continue
             kept = torch.from_numpy(positions(dim, sizes, smaller, maps))
             mask = torch.zeros(parameter.shape[at])

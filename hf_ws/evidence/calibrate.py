@@ -70,9 +70,7 @@ def calibrate(
         sums.gather(share()[1])
         if kept is not None:
             kept.finish(sums)
-    readers = [site for own in sites.readers(model, certificate).values() for site in own]
-    blocks = [site for site, _ in sites.blocks(model, certificate).values()]
-    return finish(sums, [*readers, *blocks], sizes_of(model.config), wants, of)
+    return finish(sums, sites.watched(model, certificate), sizes_of(model.config), wants, of)
 
 
 def _checked(wants: Sequence[str]) -> tuple[str, ...]:

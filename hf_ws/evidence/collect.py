@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ws.evidence import sites
+from hf_ws.evidence.fused import See, watched
 from hf_ws.evidence.sites import Site
 from hf_ws.evidence.sums import Sums, add_square, zeros
 from hf_ws.layouts import Certificate
@@ -37,6 +39,7 @@ class Collector:
         """Whether what the head reads has moments."""
         self._sizes = sizes_of(model.config)
         self._hooks: list[Any] = []
+        self._fused = ExitStack()
         self._recent: list[tuple[Tensor, str]] = []
         self._boundaries: dict[str, list[Tensor]] = {}
         self._routes: dict[int | str, tuple[str, Tensor, Tensor | None]] = {}
@@ -46,6 +49,9 @@ class Collector:
         modules = dict(self._model.named_modules())
         for name, own in sites.readers(self._model, self._certificate).items():
             self._before(modules[name], self._reader(own))
+        fused = sites.fused(self._model, self._certificate)
+        shown = {modules[name]: self._expert(site, f"{name}.down_proj") for name, site in fused.items()}
+        self._fused.enter_context(watched(shown))
         for name, (site, counts) in sites.blocks(self._model, self._certificate).items():
             hook = modules[name].register_forward_hook(self._block(site, counts), with_kwargs=True)
             self._hooks.append(hook)
@@ -64,6 +70,7 @@ class Collector:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._fused.close()
         self.end_batch()
 
     def end_batch(self) -> None:
@@ -91,36 +98,62 @@ class Collector:
 
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def _kept(self, count: int) -> Tensor | None:
+        """Which of so many tokens are no padding; None where all are, or the mask is not theirs."""
+        if self.mask is None or self.mask.numel() != count:
+            return None
+        return self.mask.reshape(-1).bool()
+
     def _rows(self, values: Tensor) -> Tensor:
         """[tokens, width], padding left out."""
         flat = values.detach().reshape(-1, values.shape[-1])
-        if self.mask is not None and self.mask.numel() == len(flat):
-            flat = flat[self.mask.reshape(-1).to(flat.device).bool()]
-        return flat
+        kept = self._kept(len(flat))
+        return flat if kept is None else flat[kept.to(flat.device)]
 
     def _flat(self, values: Tensor) -> Tensor:
         """The same in float32, if it was less."""
-        rows = self._rows(values)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return _wide(self._rows(values))
 
     # ------------------------------------------------------------------------------------------ along an axis
 
     def _reader(self, own: tuple[Site, ...]) -> Callable[[Tensor], Tensor | None]:
         def see(values: Tensor) -> Tensor | None:
-            leaf = None
-            if "taylor" in self.wants and not values.requires_grad:
-                leaf = values = (
-                    values.detach().requires_grad_()
-                )  # gradients begin at the first that is watched
-                self.leaves.append(leaf)
+            leaf = self._leaf(values)
             for site in own:
-                self._add(site, values)
+                self._add(site, values if leaf is None else leaf)
             return leaf
 
         return see
 
-    def _add(self, site: Site, values: Tensor) -> None:
-        rows, wants = self._rows(values), {*self.wants}
+    def _expert(self, site: Site, parameter: str) -> See:
+        """Neurons of a layer's experts: all these are one site, and one `parameter` reads them."""
+
+        def see(values: Tensor, tokens: Tensor, count: int) -> Tensor | None:
+            leaf, kept = self._leaf(values), self._kept(count)
+
+            def rows(values: Tensor) -> Tensor:
+                return values.detach() if kept is None else values.detach()[kept.to(tokens.device)[tokens]]
+
+            self._add(site, values if leaf is None else leaf, rows)
+            if "moments" in self.wants:
+                self._add_moments(parameter, _wide(rows(values)))
+                self.sums.add(f"read|{parameter}|{parameter}", 1.0)
+            return leaf
+
+        return see
+
+    def _leaf(self, values: Tensor) -> Tensor | None:
+        """In place of these values, where gradients begin: at the first watched. None where they began before."""
+        if "taylor" not in self.wants or values.requires_grad:
+            return None
+        leaf = values.detach().requires_grad_()
+        self.leaves.append(leaf)
+        return leaf
+
+    def _add(self, site: Site, values: Tensor, rows_of: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Add what is seen at a site; `rows_of` takes [tokens, width] without padding out of it, or of its gradient."""
+        rows_of = rows_of or self._rows
+        rows, wants = rows_of(values), {*self.wants}
         self.sums.add(f"count|{site.key}", float(len(rows)))
         totals = {"abs": rows.new_zeros(rows.shape[1], dtype=torch.float64)}
         totals |= {"sum": totals["abs"].clone()} if {"mean", "variance"} & wants else {}
@@ -137,12 +170,11 @@ class Collector:
         for word, total in totals.items():
             self.sums.add(f"{word}|{site.key}", total.cpu())
         if "taylor" in self.wants and values.requires_grad:
-            seen = values.detach()
-            values.register_hook(lambda gradient: self._add_taylor(site, seen, gradient))
+            values.register_hook(lambda gradient: self._add_taylor(site, rows, rows_of(gradient)))
 
-    def _add_taylor(self, site: Site, values: Tensor, gradient: Tensor) -> None:
+    def _add_taylor(self, site: Site, rows: Tensor, gradient: Tensor) -> None:
         """|sum of a dL/da|, the sum over what belongs to an index: of a head, over its channels."""
-        product = self._flat(values).mul(self._flat(gradient))
+        product = _wide(rows).mul(_wide(gradient))
         if site.dim.expression != site.axis:
             place = sites.place(site.dim, site.axis, self._sizes).to(product.device)
             summed = product.new_zeros(len(product), self._sizes[site.axis])
@@ -263,6 +295,11 @@ class Collector:
         self.sums.add(f"routed|{layer}", routed[:size].clone())
         self.sums.add(f"weighted|{layer}", weighted[:size].clone())
         self.sums.add(f"sent|{layer}", float(len(index)))
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """In float32, if it was less."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _stream(values: Any, width: int) -> Tensor | None:

@@ -24,6 +24,7 @@ from hf_ws.axes import (
     layer_key,
     parse,
 )
+from hf_ws.evidence.fused import can_be_watched
 from hf_ws.layouts import Certificate, generic
 from hf_ws.sizes import sizes_of
 
@@ -56,6 +57,30 @@ def readers(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple
             if sites:
                 found[name] = tuple(sites)
     return found
+
+
+def fused(model: PreTrainedModel, certificate: Certificate) -> dict[str, Site]:
+    """The modules that hold a layer's fused experts and can show their neurons, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        _, layer = generic(f"{name}.weight", certificate.stacks)
+        dims = _layout(f"{name}.down_proj", certificate)
+        if layer is None or len(dims) != 3 or not can_be_watched(module):
+            continue
+        for dim in dims[1:]:
+            axis = dim.expression
+            if dim.reads and isinstance(axis, str) and kind_of(axis) in (FFN, MOE_FFN):
+                found[name] = Site(f"{name}:{axis}", axis, layer, dim)
+    return found
+
+
+def watched(model: PreTrainedModel, certificate: Certificate) -> list[Site]:
+    """Every site of `readers`, `fused` and `blocks`."""
+    return [
+        *(site for own in readers(model, certificate).values() for site in own),
+        *fused(model, certificate).values(),
+        *(site for site, _ in blocks(model, certificate).values()),
+    ]
 
 
 def blocks(model: PreTrainedModel, certificate: Certificate) -> dict[str, tuple[Site, str]]:
