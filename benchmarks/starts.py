@@ -210,7 +210,8 @@ def status(name: str, args: argparse.Namespace) -> str:
         ours = [unit for unit, its in todo.items() if its == stage]
         count = sum(its == stage for its in units.values())
         hours = seconds_a_unit(bench, ours) / 3600
-        lines.append(f"  {stage.says}: {count - len(ours)} of {count} done, {hours:.1f} h left")
+        known = f"{hours:.1f} h left" if hours or not ours else "the rest never timed on such a machine"
+        lines.append(f"  {stage.says}: {count - len(ours)} of {count} done, {known}")
     for arm in ARMS:
         if why := bench.refusal(arm, CHOOSING):
             lines.append(f"  waits: {arm} ({why})")
