@@ -17,20 +17,22 @@ from hf_ws.evidence import Evidence, calibrate
 from hf_ws.layouts import certify, generic, select
 from hf_ws.maps import DATA_FREE
 from hf_ws.scores import SCORES, Known, wants_of
+from hf_ws.scores.elimination import missed
 from hf_ws.sizes import sizes_of
 from hf_ws.store import open_source
 from tests import families
 
 IDS = families.tokens(rows=4, length=12)
+MANY = families.tokens(rows=32, length=16)  # more than there are neurons
 FAMILIES = ["llama", "gpt2", "qwen3_moe", "mixtral", "phi3", "gpt_neox"]
 BLIND = ("random", "uniform")  # these look at nothing but the index
 IMPORTANCE = [name for name in SCORES if name not in BLIND]
 EVERYTHING = tuple(dict.fromkeys(name for score in SCORES for name in wants_of(score)))
 
 
-def known(model: PreTrainedModel) -> Known:
+def known(model: PreTrainedModel, ids: Tensor = IDS) -> Known:
     certificate = certify(type(model), model.config)
-    return Known(open_source(model), certificate, calibrate(model, IDS, wants=EVERYTHING), seed=3)
+    return Known(open_source(model), certificate, calibrate(model, ids, wants=EVERYTHING), seed=3)
 
 
 def axes_of(model: PreTrainedModel) -> list[tuple[str, int | None]]:
@@ -341,3 +343,69 @@ def test_explained_wants_data_and_a_norm() -> None:
         AutoSubclone.from_pretrained(
             bare, hidden=32, method="subclone", method_args={"score": "explained"}, calibration=IDS
         )
+
+
+def lost(weights: list[Tensor], inputs: list[Tensor], kept: list[int]) -> float:
+    """What least squares on the kept inputs leaves of the outputs, summed over matrices: by NumPy's way, not ours."""
+    total = 0.0
+    for weight, values in zip(weights, inputs, strict=True):
+        out = values @ weight.T
+        rest = out - values[:, kept] @ torch.linalg.lstsq(values[:, kept], out).solution if kept else out
+        total += float(rest.square().sum() / len(values))
+    return total
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_what_is_missed_is_what_least_squares_cannot_make_up_for(width: int, matrices: int) -> None:
+    """With few units they go one at a time: always the cheapest, and the costs add up to what is lost in the end."""
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(5, 8 * width, generator=draw).double() for _ in range(matrices)]
+    inputs = [
+        torch.randn(200, 6, generator=draw).double() @ torch.randn(6, 8 * width, generator=draw).double()
+        + torch.randn(200, 8 * width, generator=draw).double()
+        for _ in range(matrices)
+    ]
+    readers = [(w.T @ w, x.T @ x / len(x)) for w, x in zip(weights, inputs, strict=True)]
+    costs = missed(readers, 8)
+    left, before, most = [*range(8)], 0.0, 0.0
+    for unit in costs.argsort().tolist():
+
+        def without(gone: int) -> float:
+            return lost(weights, inputs, [i * width + j for i in left if i != gone for j in range(width)])
+
+        after = without(unit)
+        most = max(most, after - before)
+        assert after == pytest.approx(min(map(without, left)), rel=1e-9)
+        assert float(costs[unit]) == pytest.approx(most, rel=1e-6, abs=1e-9)
+        left.remove(unit)
+        before = after
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3_moe"]
+)  # not gpt2: near 0 a GELU is a line, and all repeat all
+def test_neurons_that_repeat_others_go_first(family: str) -> None:
+    """Half of the neurons are louder copies of the other half: of each pair `explained` keeps one."""
+    model = families.model(family)
+    axis = MOE_FFN if family == "qwen3_moe" else FFN
+    size = sizes_of(model.config)[axis]
+    maps = {axis: np.arange(size) % (size // 2)}
+    copies = permuted(model, maps)
+    for layer in range(4):
+        kept = SCORES["explained"](known(copies, MANY), axis, layer).argsort(descending=True)[: size // 2]
+        assert sorted((kept % (size // 2)).tolist()) == list(range(size // 2))
+
+
+def test_heads_are_chosen_in_whole_groups_then_inside_them() -> None:
+    """A head that repeats its neighbour in the group goes before it; a group's mean is what the group is worth."""
+    model = families.model("llama")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.q_proj.weight[16:32] = block.self_attn.q_proj.weight[:16]  # head 1 is head 0
+            block.self_attn.o_proj.weight[:, 16:32] *= 0.9
+    for layer in range(4):
+        groups = SCORES["explained"](known(model, MANY), HEADS, layer).view(4, 2)
+        least = groups.min(1).values / groups.max(1).values
+        assert least[0] < 3e-3  # what is left is the refit's penalty
+        assert least[0] < 0.5 * least[1:].min()

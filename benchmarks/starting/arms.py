@@ -61,7 +61,8 @@ ARMS: dict[str, Arm] = {
     "weight_selection": _selected(group=MAIN),
     "subclone": _subclone(group=MAIN),
     "rotation": _rotated(group=MAIN),
-    "rotation, lowest loss": _rotated("lowest_loss", MAIN),  # the default
+    "rotation, lowest loss": _rotated("lowest_loss", MAIN),
+    "rotation, explained": _rotated("lowest_loss", MAIN, method_args={"score": "explained"}),
     "rotation, block influence": _rotated("block_influence"),
     "rotation, angular distance": _rotated("angular_distance"),
     "rotation, loss increase": _rotated("loss_increase"),

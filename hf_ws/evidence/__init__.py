@@ -13,7 +13,7 @@ from hf_ws.evidence.data import BATCH, BLOCK, calibration_inputs
 from hf_ws.evidence.loss import device_of, loss_without, placed
 from hf_ws.evidence.observation import Observation, observe, tokenizer_of
 from hf_ws.evidence.record import STATISTICS, Evidence, Moments
-from hf_ws.evidence.sites import by_axis
+from hf_ws.evidence.sites import by_axis, place
 
 __all__ = [
     "BATCH",
@@ -28,6 +28,7 @@ __all__ = [
     "device_of",
     "loss_without",
     "observe",
+    "place",
     "placed",
     "tokenizer_of",
 ]

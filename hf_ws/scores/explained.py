@@ -1,33 +1,80 @@
-"""Importance of a channel by what it says of all the others."""
+"""Importance by what the others do not say."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hf_ws.axes import HIDDEN, kind_of
+from hf_ws.axes import EXPERTS, HEADS, HIDDEN, KV_HEADS, kind_of, sibling
 from hf_ws.errors import CalibrationError
+from hf_ws.evidence import place
 from hf_ws.scores.activation import activation
+from hf_ws.scores.elimination import missed
 from hf_ws.scores.known import Known
+from hf_ws.sizes import sizes_of
+
+RIDGE = 1e-3
+"""As in `hf_ws.compensation.least_squares`, whose refit this foresees."""
 
 
 def explained(known: Known, axis: str, layer: int | str | None) -> Tensor:
-    """How much of the residual stream was not yet explained when a channel was chosen, one after the other.
+    """What is lost with an index although least squares makes up for it from those that are kept.
 
-    The next channel is always that which, by least squares and with those before it, leaves least of the stream's
-    second moments unexplained. These are summed over the places where the stream is normed, each divided by its trace
-    so that all count alike, as for `rotation`. Channels that only repeat others come last, however loud they are. It
-    is what a basis of the stream can do that has to be a selection, as under a tied head, and goes with
-    `compensation=["least_squares_hidden"]`. Neurons, heads and experts go by activation.
+    Of neurons and heads: how far the output of what reads them moves, when they go one part after the other
+    (`hf_ws.scores.elimination`). Of query heads in groups the groups go first, then the heads of each. Where no second
+    moments are seen, and of experts, by activation. Goes with `compensation=["least_squares"]`.
 
-    Source: greedy column subset selection, Farahat et al. (2011), "An efficient greedy method for unsupervised feature
-    selection".
+    Of the residual stream: how much of it was not yet explained when a channel was chosen, one after the other. The
+    next is always that which, by least squares and with those before it, leaves least of the stream's second moments
+    unexplained. These are summed over the places where the stream is normed, each divided by its trace so that all
+    count alike, as for `rotation`. It is what a basis of the stream can do that has to be a selection, as under a
+    tied head, and goes with `compensation=["least_squares_hidden"]`.
+
+    What only repeats others comes last, however loud it is.
+
+    Source: of the stream, greedy column subset selection, Farahat et al. (2011), "An efficient greedy method for
+    unsupervised feature selection".
 
     Raises:
         CalibrationError: there is no evidence, or no norm of the stream ran.
     """
-    if kind_of(axis) != HIDDEN:
-        return activation(known, axis, layer)
+    if kind_of(axis) == HIDDEN:
+        return _of_stream(known, axis)
+    found = None if kind_of(axis) == EXPERTS or layer is None else _of_units(known, axis, layer)
+    return activation(known, axis, layer) if found is None else found
+
+
+explained.wants = ("mean_abs", "moments", "routes")  # type: ignore[attr-defined]
+
+
+def _of_units(known: Known, axis: str, layer: int | str) -> Tensor | None:
+    """Of neurons or heads, float64 [size]; None where what reads them was not seen."""
+    if known.evidence is None:
+        raise CalibrationError(f"explained needs calibration data to rank {axis}; pass calibration=")
+    sizes, readers = sizes_of(known.source.config), []
+    for own, name, at, dim in known.reading(axis):
+        if own != layer:
+            continue
+        if name not in known.evidence.moments:
+            return None
+        where = place(dim, axis, sizes)
+        order = where.argsort(stable=True)[int((where < 0).sum()) :]
+        weight = known.source.tensor(name).double().cpu().movedim(at, -1).flatten(0, -2)[:, order]
+        second = known.evidence.moments[name].second.double()[order][:, order]
+        weight[:, second.diagonal() == 0] = 0  # what never moved is not missed, whatever reads it
+        ridge = RIDGE * second.diagonal().mean().clamp(min=1e-30)
+        readers.append((weight.T @ weight, second + ridge * torch.eye(len(second), dtype=torch.float64)))
+    if not readers:
+        return None
+    single = missed(readers, sizes[axis])
+    groups = sizes.get(sibling(axis, KV_HEADS), sizes[axis]) if kind_of(axis) == HEADS else sizes[axis]
+    if groups == sizes[axis]:
+        return single
+    inside = single.view(groups, -1) + 1e-30
+    return (missed(readers, groups)[:, None] * inside / inside.mean(1, keepdim=True)).flatten()
+
+
+def _of_stream(known: Known, axis: str) -> Tensor:
     left = _balanced(known, axis)
     chosen = torch.zeros(len(left), dtype=torch.bool)
     scores, tiny = torch.zeros(len(left), dtype=torch.float64), 1e-12 * float(left.diagonal().max())
@@ -40,9 +87,6 @@ def explained(known: Known, axis: str, layer: int | str | None) -> Tensor:
         if own[best] > tiny:
             left = left - torch.outer(left[:, best], left[best]) / own[best]
     return scores
-
-
-explained.wants = ("mean_abs", "moments", "routes")  # type: ignore[attr-defined]
 
 
 def _balanced(known: Known, axis: str) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_ws.axes import EXPERTS, kind_of
+from hf_ws.axes import EXPERTS, Dim, kind_of, parse
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence import Evidence
-from hf_ws.layouts import Certificate
+from hf_ws.layouts import Certificate, generic
 from hf_ws.store import Source
 
 logger = logging.getLogger(__name__)
@@ -43,3 +44,11 @@ class Known:
             where = axis if layer is None else f"{axis} of layer {layer}"
             logger.log(level, "%s: no activation to be seen, ranked by weight magnitude", where)
         return found
+
+    def reading(self, axis: str) -> Iterator[tuple[int | str, str, int, Dim]]:
+        """The tensors of layers that read an axis: layer, name, which of its dimensions, and what that is made of."""
+        for name in self.source.tensors:
+            pattern, layer = generic(name, self.certificate.stacks)
+            for at, dim in enumerate(parse(self.certificate.layouts.get(pattern, ""))):
+                if layer is not None and dim.reads and axis in dim.axes:
+                    yield layer, name, at, dim

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_ws.axes import EXPERTS, kind_of, parse
+from hf_ws.axes import EXPERTS, kind_of
 from hf_ws.evidence import by_axis
-from hf_ws.layouts import generic
 from hf_ws.scores.known import Known
 from hf_ws.scores.magnitude import magnitude
 from hf_ws.sizes import sizes_of
@@ -43,16 +42,11 @@ def _readers(known: Known, axis: str) -> dict[int | str, Tensor]:
     """By layer, the root mean square weight that reads each index, summed over matrices: float64 [size]."""
     sizes = sizes_of(known.source.config)
     found: dict[int | str, Tensor] = {}
-    for name in known.source.tensors:
-        pattern, layer = generic(name, known.certificate.stacks)
-        layout = parse(known.certificate.layouts.get(pattern, ""))
-        for at, dim in enumerate(layout):
-            if layer is None or not dim.reads or axis not in dim.axes:
-                continue
-            weight = known.source.tensor(name).float().square()
-            squares = weight.mean([d for d in range(weight.ndim) if d != at]).double().cpu()
-            norm = by_axis(squares, dim, axis, sizes).sqrt()
-            found[layer] = found.get(layer, torch.zeros_like(norm)) + norm
+    for layer, name, at, dim in known.reading(axis):
+        weight = known.source.tensor(name).float().square()
+        squares = weight.mean([d for d in range(weight.ndim) if d != at]).double().cpu()
+        norm = by_axis(squares, dim, axis, sizes).sqrt()
+        found[layer] = found.get(layer, torch.zeros_like(norm)) + norm
     return found
 
 
