@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_ws.axes import AXES, VOCAB
 from hf_ws.depth import LayerPolicy
 from hf_ws.errors import CalibrationError, PlanError, unknown
 from hf_ws.evidence import Evidence
 from hf_ws.maps import called
-from hf_ws.methods import METHODS, Method, default_compensation, default_layer_policy, default_method
+from hf_ws.methods import METHODS, Method, default_method
 from hf_ws.search.goal import Goal
 from hf_ws.vocabulary import Vocabulary
 
@@ -61,7 +61,7 @@ class Ask:
                 "sizes that the search finds without calibration, or without vocab="
             )
 
-    def decided(self, config: PreTrainedConfig) -> Ask:
+    def decided(self) -> Ask:
         """The same with a method. Raises PlanError: options of a method that is not named."""
         if self.method is not None:
             return self
@@ -71,15 +71,8 @@ class Ask:
                 f"method_args gives {named}, and no method is named; name the one whose options these are: method= one "
                 f"of {', '.join(METHODS)}"
             )
-        calibrated = self.calibration is not None
-        method = default_method(config, calibrated)
-        compensation = self.compensation
-        if compensation is None:
-            compensation = default_compensation(method, calibrated)
-        policy = self.layer_policy
-        if policy is None:
-            policy = default_layer_policy(calibrated)
-        return replace(self, method=method, compensation=compensation, layer_policy=policy)
+        method, options = default_method(self.calibration is not None)
+        return replace(self, method=method, method_args=options)
 
     @property
     def chosen(self) -> Method:

@@ -101,7 +101,7 @@ class AutoSubclone:
                 `hf_ws.search`) and kept in the plan; sizes that are given hold for every shape.
             ratio: The same as a part of the source's parameters, above 0, up to 1.
             method: A name in `METHODS`, or a callable that takes a `Request` and returns a `Plan`. If None, the best
-                that was measured: "rotation" with `calibration`, unless the head is tied; else "subclone".
+                that was measured: "rotation" with `calibration`, under which a tied head stays tied; else "subclone".
             method_args: The method's own options, such as `{"rescale": False}`.
             layer_policy: A name in `POLICIES`, a callable `(depth, keep) -> layers` (see `hf_ws.depth`), or the list
                 of source layers to keep. If None the method's own; of "rotation", and where no method is named,
@@ -224,7 +224,7 @@ def _open_plan(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], name: str, revision: str | None, ask: Ask
 ) -> Plan:
     """The plan of the sizes asked for, or of the shape that comes nearest a goal; reads no weights."""
-    ask = ask.decided(config)
+    ask = ask.decided()
     if ask.goal is None:
         return _planned(config, model_class, name, revision, ask)
     space, planned = _space(config, model_class, name, revision, ask)
@@ -237,7 +237,7 @@ def _settled_plan(opened: store.Source, name: str, ask: Ask) -> Plan:
     One pass over the data collects what policy and method want.
     """
     where = (opened.config, opened.model_class, name, opened.revision)
-    ask = ask.decided(opened.config)
+    ask = ask.decided()
     if ask.goal is None or ask.calibration is None:
         observed = _observed(opened, ask)
         plan = _open_plan(*where, ask) if ask.goal is not None else _planned(*where, ask, observed)

@@ -68,7 +68,8 @@ def test_what_cannot_be_turned_is_said_and_selected_from(
             source, method="rotation", calibration=IDS, compensation=(), **hidden
         )
     assert "selected by importance instead" in caplog.text
-    chosen = AutoSubclone.from_pretrained(source, method="subclone", calibration=IDS, **hidden)
+    asked = {"method": "subclone", "method_args": {"score": "explained"}, **hidden}
+    chosen = AutoSubclone.from_pretrained(source, calibration=IDS, **asked)
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), chosen.parameters(), strict=True))
 
 

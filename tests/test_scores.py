@@ -334,15 +334,13 @@ def test_each_channel_is_the_one_that_explains_most() -> None:
         assert found[order[count]] == pytest.approx(min(found.values()), rel=1e-6)
 
 
-def test_explained_wants_data_and_a_norm() -> None:
+def test_explained_wants_data_and_where_it_sees_no_norm_goes_by_activation() -> None:
     source = families.model("llama")
     with pytest.raises(CalibrationError, match="scores by explained need calibration data"):
         AutoSubclone.from_pretrained(source, hidden=32, method="subclone", method_args={"score": "explained"})
-    bare = families.model("olmo")
-    with pytest.raises(CalibrationError, match="explained: no norm of hidden with a gain ran"):
-        AutoSubclone.from_pretrained(
-            bare, hidden=32, method="subclone", method_args={"score": "explained"}, calibration=IDS
-        )
+    bare = known(families.model("olmo"))
+    found = (SCORES[name](bare, HIDDEN, None) for name in ("explained", "activation"))
+    assert torch.equal(*found)
 
 
 def lost(weights: list[Tensor], inputs: list[Tensor], kept: list[int]) -> float:

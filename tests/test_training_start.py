@@ -74,7 +74,7 @@ def test_the_start_is_what_autosubclone_makes_of_the_training_blocks(source, cal
 
 @pytest.mark.parametrize("compensation", [None, [], ["mean_bias", "rms"]], ids=["default", "none", "named"])
 def test_what_is_lost_is_made_up_for_as_autosubclone_does(source, tmp_path, compensation) -> None:
-    """Of a tied source, whose default is not its method's own."""
+    """Of a tied source, whose default has an option of its own."""
     tied = tmp_path / "tied"
     shutil.copytree(source, tied)
     config = AutoConfig.from_pretrained(source, tie_word_embeddings=True)

@@ -51,9 +51,12 @@ def _selected(policy: str | None = None, group: str = ABLATION, **options: Any) 
     return Arm({"method": "weight_selection", "layer_policy": policy, "method_args": options}, group=group)
 
 
-def _rotated(policy: str = "middle_dropped", group: str = ABLATION, **options: Any) -> Arm:
-    """Rotation with a layer policy, in place of its own, and further arguments of `from_pretrained`."""
-    return Arm({"method": "rotation", "layer_policy": policy, **options}, True, group)
+def _rotated(
+    policy: str = "middle_dropped", group: str = ABLATION, score: str = "activation", **options: Any
+) -> Arm:
+    """Rotation with a layer policy and a score, in place of its own, and further arguments of `from_pretrained`."""
+    given = {"score": score, **options.pop("method_args", {})}
+    return Arm({"method": "rotation", "layer_policy": policy, "method_args": given, **options}, True, group)
 
 
 ARMS: dict[str, Arm] = {
@@ -62,7 +65,7 @@ ARMS: dict[str, Arm] = {
     "subclone": _subclone(group=MAIN),
     "rotation": _rotated(group=MAIN),
     "rotation, lowest loss": _rotated("lowest_loss", MAIN),
-    "rotation, explained": _rotated("lowest_loss", MAIN, method_args={"score": "explained"}),
+    "rotation, explained": _rotated("lowest_loss", MAIN, "explained"),  # the default
     "rotation, block influence": _rotated("block_influence"),
     "rotation, angular distance": _rotated("angular_distance"),
     "rotation, loss increase": _rotated("loss_increase"),
@@ -75,7 +78,9 @@ ARMS: dict[str, Arm] = {
     "rotation, 8 sequences": replace(_rotated(), sequences=8),
     "rotation, 256 sequences": replace(_rotated(), sequences=256),
     "rotation, output": _rotated(compensation=["least_squares", "output"]),
-    "rotation, head tied": replace(_rotated(method_args={"untie": False}), only_if=tied),
+    "rotation, head tied": replace(
+        _rotated("lowest_loss", score="explained", method_args={"untie": False}), only_if=tied
+    ),  # the default of such a source
     "subclone, no gains": _subclone(rescale=False),
     "subclone, first layers": _subclone("first"),
     "subclone, block influence": _subclone("block_influence"),
@@ -171,6 +176,11 @@ CLAIMS = (
     ),
     Claim("ours: the lowest loss beats the middle drop, on rotation", "rotation, lowest loss", "rotation"),
     Claim("ours: loss increase beats the middle drop, on rotation", "rotation, loss increase", "rotation"),
+    Claim(
+        "ours: what least squares cannot make up for ranks better than activation, on rotation",
+        "rotation, explained",
+        "rotation, lowest loss",
+    ),
 )
 
 

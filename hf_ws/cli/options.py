@@ -64,7 +64,7 @@ class Flags:
         typer.Option(
             metavar="NAME",
             help="How to choose: rotation, subclone, weight_selection or random. By default rotation with "
-            "--calibration unless the head is tied, else subclone.",
+            "--calibration (a tied head stays tied), else subclone.",
         ),
     ] = None
     method_arg: Annotated[

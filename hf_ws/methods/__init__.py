@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_ws.methods.default import default_compensation, default_layer_policy, default_method
+from hf_ws.methods.default import default_method
 from hf_ws.methods.random import random
 from hf_ws.methods.request import Request
 from hf_ws.methods.rotation import rotation
@@ -36,8 +36,6 @@ __all__ = [
     "METHODS",
     "Method",
     "Request",
-    "default_compensation",
-    "default_layer_policy",
     "default_method",
     "random",
     "rotation",

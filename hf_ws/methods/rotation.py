@@ -18,7 +18,7 @@ from hf_ws.scores import Score
 def rotation(
     request: Request, *, score: str | Score | None = None, kv_merge: str | None = None, untie: bool = True
 ) -> Plan:
-    """One orthonormal basis for the whole stream; heads and neurons by importance, as `subclone` keeps them.
+    """One orthonormal basis for the whole stream; heads and neurons by what the others cannot make up for.
 
     The basis is that of the leading eigenvectors of the stream's second moments, where it is normed in each kept
     layer; every place counts alike, whatever its size (each is divided by its trace). RMSNorm commutes with such a
@@ -36,10 +36,10 @@ def rotation(
 
     Args:
         request: What is asked.
-        score: As for `subclone`; mean absolute activation by default.
+        score: As for `subclone`; by default `"explained"`, which foresees the least squares that come after.
         kv_merge: As for `subclone`.
         untie: Whether a tied head may be untied, for so many parameters more as the head has. If not, the basis of a
-            tied model has to be a selection: its channels are kept by what they say of the others (`"explained"`).
+            tied model has to be a selection: its channels are kept by the score.
 
     Raises:
         PlanError: an unknown score or merge.
@@ -65,9 +65,7 @@ def rotation(
         found.axis: Turn(request.after[found.axis], request.before[found.axis], found.centred)
         for found in turned
     }
-    maps |= (
-        ranked_maps(request, score or ("activation" if free else "explained"), given={*maps, *taken}) | merges
-    )
+    maps |= ranked_maps(request, score or "explained", given={*maps, *taken}) | merges
     folds = {name: fold for found in turned for name, fold in found.folds.items()}
     gains = request.fan_in_gains(without={*maps} if turned else set()) | request.embedding_gains()
     return request.plan(maps, folds=folds, gains=gains)
@@ -75,4 +73,4 @@ def rotation(
 
 rotation.layer_policy = ("lowest_loss", "block_influence", "middle_dropped")  # type: ignore[attr-defined]
 rotation.compensation = ("least_squares", "least_squares_hidden")  # type: ignore[attr-defined]
-rotation.wants = ("moments",)  # type: ignore[attr-defined]
+rotation.wants = ("mean_abs", "moments", "routes")  # type: ignore[attr-defined]

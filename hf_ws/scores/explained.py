@@ -20,9 +20,9 @@ RIDGE = 1e-3
 def explained(known: Known, axis: str, layer: int | str | None) -> Tensor:
     """What is lost with an index although least squares makes up for it from those that are kept.
 
-    Of neurons and heads: how far the output of what reads them moves, when they go one part after the other
-    (`hf_ws.scores.elimination`). Of query heads in groups the groups go first, then the heads of each. Where no second
-    moments are seen, and of experts, by activation. Goes with `compensation=["least_squares"]`.
+    Of neurons and heads: how far the output of what reads them moves, when they go one after the other
+    (`hf_ws.scores.elimination`). Of query heads in groups the groups go first, then the heads of each. Goes with
+    `compensation=["least_squares"]`.
 
     Of the residual stream: how much of it was not yet explained when a channel was chosen, one after the other. The
     next is always that which, by least squares and with those before it, leaves least of the stream's second moments
@@ -30,17 +30,19 @@ def explained(known: Known, axis: str, layer: int | str | None) -> Tensor:
     count alike, as for `rotation`. It is what a basis of the stream can do that has to be a selection, as under a
     tied head, and goes with `compensation=["least_squares_hidden"]`.
 
-    What only repeats others comes last, however loud it is.
+    What only repeats others comes last, however loud it is. Where no second moments are seen, and of experts, by
+    activation.
 
     Source: of the stream, greedy column subset selection, Farahat et al. (2011), "An efficient greedy method for
     unsupervised feature selection".
 
     Raises:
-        CalibrationError: there is no evidence, or no norm of the stream ran.
+        CalibrationError: there is no evidence.
     """
     if kind_of(axis) == HIDDEN:
-        return _of_stream(known, axis)
-    found = None if kind_of(axis) == EXPERTS or layer is None else _of_units(known, axis, layer)
+        found = _of_stream(known, axis)
+    else:
+        found = None if kind_of(axis) == EXPERTS or layer is None else _of_units(known, axis, layer)
     return activation(known, axis, layer) if found is None else found
 
 
@@ -63,7 +65,7 @@ def _of_units(known: Known, axis: str, layer: int | str) -> Tensor | None:
         second = known.evidence.moments[name].second.double()[order][:, order]
         weight[:, second.diagonal() == 0] = 0  # what never moved is not missed, whatever reads it
         ridge = RIDGE * second.diagonal().mean().clamp(min=1e-30)
-        readers.append((weight.T @ weight, second + ridge * torch.eye(len(second), dtype=torch.float64)))
+        readers.append((weight.T @ weight, second + ridge * torch.eye(len(second), dtype=second.dtype)))
     if not readers:
         return None
     single = missed(readers, sizes[axis])
@@ -74,8 +76,20 @@ def _of_units(known: Known, axis: str, layer: int | str) -> Tensor | None:
     return (missed(readers, groups)[:, None] * inside / inside.mean(1, keepdim=True)).flatten()
 
 
-def _of_stream(known: Known, axis: str) -> Tensor:
-    left = _balanced(known, axis)
+def _of_stream(known: Known, axis: str) -> Tensor | None:
+    """Of channels, float64 [size]; None where no norm with a gain was seen."""
+    if known.evidence is None:
+        raise CalibrationError(f"explained needs calibration data to rank {axis}; pass calibration=")
+    layouts = known.certificate.layouts
+    places = {
+        id(moments): moments.second.double()
+        for name, moments in known.evidence.moments.items()
+        if layouts.get(known.certificate.pattern(name)) == axis
+    }
+    if not places:
+        return None
+    whole = torch.stack([second / second.trace().clamp(min=1e-300) for second in places.values()]).sum(0)
+    left = (whole + whole.T) / 2
     chosen = torch.zeros(len(left), dtype=torch.bool)
     scores, tiny = torch.zeros(len(left), dtype=torch.float64), 1e-12 * float(left.diagonal().max())
     for _ in range(len(left)):
@@ -87,21 +101,3 @@ def _of_stream(known: Known, axis: str) -> Tensor:
         if own[best] > tiny:
             left = left - torch.outer(left[:, best], left[best]) / own[best]
     return scores
-
-
-def _balanced(known: Known, axis: str) -> Tensor:
-    """Second moments [size, size] of the stream, float64: every place where it is normed counts alike."""
-    if known.evidence is None:
-        raise CalibrationError(f"explained needs calibration data to rank {axis}; pass calibration=")
-    layouts = known.certificate.layouts
-    places = {
-        id(moments): moments.second.double()
-        for name, moments in known.evidence.moments.items()
-        if layouts.get(known.certificate.pattern(name)) == axis
-    }
-    if not places:
-        raise CalibrationError(
-            f"explained: no norm of {axis} with a gain ran on the calibration data; rank by another score"
-        )
-    whole = torch.stack([second / second.trace().clamp(min=1e-300) for second in places.values()]).sum(0)
-    return (whole + whole.T) / 2

@@ -67,7 +67,8 @@ class Start:
             name = str((found[0] if isinstance(found, tuple) else found).__name__)
         first = asked  # of the method that the data will choose, and of no data yet
         if asked.method is None and not asked.method_args:
-            first = replace(asked, method=default_method(config, asked.calibration > 0))
+            method, options = default_method(asked.calibration > 0)
+            first = replace(asked, method=method, method_args=dict(options))
         plan = AutoSubclone.plan(asked.source, **cls._arguments(first, name))
         return cls(asked, name, type(config).from_dict(dict(plan.target_config)), plan)
 
