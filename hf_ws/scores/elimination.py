@@ -29,54 +29,59 @@ def missed(readers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
         readers: Of every matrix that reads them W^T W and H, [count * width, count * width], unit by unit; float64.
         count: Units.
     """
-    states = [(gram, torch.linalg.inv(second)) for gram, second in readers]
-    left, costs, floor = torch.arange(count), torch.zeros(count, dtype=torch.float64), 0.0
+    states = [(gram.clone(), torch.linalg.inv(second)) for gram, second in readers]
+    costs, floor = torch.zeros(count, dtype=torch.float64), 0.0
+    left, stays = torch.arange(count), torch.ones(count, dtype=torch.bool)
     goes = max(1, ROUND * count // len(readers[0][0]))
-    while len(left):
-        own = _costs(states, len(left))
-        some = own.argsort(stable=True)[: 2 * goes].sort().values  # in their order: ties go to the last
-        inner = [_of(state, some, len(left)) for state in states]
-        stays = torch.ones(len(left), dtype=torch.bool)
+    while stays.any():
+        if 4 * int(stays.sum()) < 3 * len(stays):
+            states = [_of(state, stays.nonzero().flatten(), len(left)) for state in states]
+            left, stays = left[stays], stays[stays]
+        here = stays.nonzero().flatten()
+        some = here[_costs(states, len(left), here).argsort(stable=True)[: 2 * goes]].sort().values
+        inner, open_ = (
+            [_of(state, some, len(left)) for state in states],
+            torch.ones(len(some), dtype=torch.bool),
+        )
         for _ in range(min(goes, len(some))):
-            own = _costs(inner, len(some))
-            worst = len(some) - 1 - int(own.flip(0).argmin())
-            costs[left[some[worst]]] = floor = max(math.nextafter(floor, math.inf), float(own[worst]))
-            stays[some[worst]] = False
-            alone = torch.arange(len(some)) != worst
-            inner, some = [_without(state, alone) for state in inner], some[alone]
-        states, left = [_without(state, stays) for state in states], left[stays]
+            among = open_.nonzero().flatten().flip(0)  # of equals the last goes
+            own = _costs(inner, len(some), among)
+            worst = among[own.argmin()]
+            costs[left[some[worst]]] = floor = max(math.nextafter(floor, math.inf), float(own.min()))
+            open_[worst] = stays[some[worst]] = False
+            _remove(inner, worst[None], len(some))
+        _remove(states, some[~open_], len(left))
     return costs
 
 
-def _costs(states: Sequence[State], count: int) -> Tensor:
-    """tr(W_g (H^-1)_gg^-1 W_g^T) of each unit, summed over matrices [count]."""
-    total = torch.zeros(count, dtype=torch.float64)
+def _costs(states: Sequence[State], count: int, units: Tensor) -> Tensor:
+    """tr(W_g (H^-1)_gg^-1 W_g^T) of some of the units, summed over matrices [units]."""
+    total = torch.zeros(len(units), dtype=torch.float64)
     for state in states:
         width = len(state[0]) // count
         of_gram, of_inverse = (
-            whole.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            whole.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)[units]
             for whole in state
         )
         total += torch.linalg.solve(of_inverse, of_gram).diagonal(dim1=1, dim2=2).sum(1)
     return total
 
 
+def _rows(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
 def _of(state: State, units: Tensor, count: int) -> State:
-    """What concerns some units only."""
-    width = len(state[0]) // count
-    rows = (units[:, None] * width + torch.arange(width)).flatten()
+    """What concerns some units only: a copy."""
+    rows = _rows(units, len(state[0]) // count)
     return state[0][rows][:, rows], state[1][rows][:, rows]
 
 
-def _without(state: State, stays: Tensor) -> State:
-    """The same of the refit on the units that stay."""
-    gram, inverse = state
-    rest = stays.repeat_interleave(len(gram) // len(stays))
-    across = torch.linalg.solve(
-        inverse[~rest][:, ~rest], inverse[~rest][:, rest]
-    )  # W_K - W_D across is the refit
-    cross = across.T @ gram[~rest][:, rest]
-    moved = across.T @ (gram[~rest][:, ~rest] @ across)
-    return gram[rest][:, rest] - cross - cross.T + moved, inverse[rest][:, rest] - inverse[rest][
-        :, ~rest
-    ] @ across
+def _remove(states: Sequence[State], units: Tensor, count: int) -> None:
+    """Make them, in place, those of the refit without these units, whose own rows become zero."""
+    for gram, inverse in states:
+        gone = _rows(units, len(gram) // count)
+        across = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # W - W_gone across is the refit
+        half = gram[gone] - 0.5 * gram[gone][:, gone] @ across
+        gram.addmm_(across.T, half, alpha=-1).addmm_(half.T, across, alpha=-1)
+        inverse.addmm_(inverse[:, gone], across, alpha=-1)
