@@ -76,9 +76,10 @@ FAR_LLAMA = LLAMA | {
     "num_key_value_heads": 5,
 }
 WIDE_LLAMA = {
-    # of the parameters that are no embeddings: about 1/2 and 1/4 by width, by depth, by both; and the prototype's
-    # target, 40 % of all parameters
+    # of the parameters that are no embeddings: about 1/2 and 1/4 by width, by depth, by both; the prototype's target, 40 %
+    # of all parameters; and what ratio=0.404 finds for `llama`
     "both-40": {"hidden": 256, "layers": 6, "heads": 4, "kv_heads": 2, "ffn": 704},
+    "found-40": {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512},
     "width-1/2": {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 768},
     "width-1/4": {"hidden": 192, "heads": 4, "kv_heads": 2, "ffn": 448},
     "depth-1/2": {"layers": 4},
@@ -95,8 +96,9 @@ WIDE_GPT2 = {
     "both-1/2": {"hidden": 320, "layers": 6, "heads": 5, "ffn": 1216},
     "both-1/4": {"hidden": 256, "layers": 5, "heads": 4, "ffn": 832},
 }
-SMALL_LLAMA = {  # of the demo's source
+SMALL_LLAMA = {  # of the demo's source, likewise
     "both-40": {"hidden": 192, "layers": 6, "heads": 2, "kv_heads": 1, "ffn": 320},
+    "found-40": {"hidden": 128, "heads": 4, "kv_heads": 2, "ffn": 320},
     "width-1/2": {"hidden": 192, "heads": 2, "kv_heads": 1, "ffn": 384},
     "width-1/4": {"hidden": 128, "heads": 2, "kv_heads": 1, "ffn": 256},
     "depth-1/2": {"layers": 4},
