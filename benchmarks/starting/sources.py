@@ -76,7 +76,7 @@ FAR_LLAMA = LLAMA | {
     "num_key_value_heads": 5,
 }
 WIDE_LLAMA = {
-    # of the parameters that are no embeddings: about 1/2 and 1/4 by width, by depth, by both; the prototype's target, 40 %
+    # of the parameters that are no embeddings: about 1/2 and 1/4 by width, depth and both; the prototype's target, 40 %
     # of all parameters; and what ratio=0.404 finds for `llama`
     "both-40": {"hidden": 256, "layers": 6, "heads": 4, "kv_heads": 2, "ffn": 704},
     "found-40": {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512},
