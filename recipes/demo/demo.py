@@ -12,6 +12,7 @@ distilled from the source in the same way. The learning rate is chosen for each 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from hf_ws.compare import Comparison, compare
 from hf_ws.errors import HfWsError
 from hf_ws.hub import save, source_folder
 from hf_ws.methods import default_method
-from hf_ws.store import check_output, load_config
+from hf_ws.store import check_output
 from hf_ws.training.data import load_text, pack, split_held_out
 
 SOURCE = Path(__file__).parent / "source"
@@ -43,8 +44,9 @@ def main() -> None:
 
     print("1. The plan: half the hidden size, three quarters of the layers. Only config.json is read.\n")
     sizes = student_sizes(args.source)
-    method = default_method(load_config(args.source), calibrated=True)
-    print(AutoSubclone.plan(args.source, method=method, **sizes), "\n")
+    method, options = default_method(calibrated=True)
+    print(AutoSubclone.plan(args.source, method=method, method_args=options, **sizes), "\n")
+    method += f"({', '.join(f'{name}={json.dumps(value)}' for name, value in options.items())})"
 
     print("2. The text: Python's standard library, in blocks of 256 tokens.\n")
     tokenizer = AutoTokenizer.from_pretrained(args.source)
@@ -70,7 +72,7 @@ def main() -> None:
         steps=args.steps,
         batch_size=16,
         learning_rates=[1e-3, 4e-3],
-        search_steps=max(10, args.steps // 8),
+        search_steps=max(2, args.steps // 8),
         teacher=args.source,
         kd_weight=0.5,
         max_eval_blocks=128,
