@@ -45,15 +45,24 @@ def doubled(family: str) -> PreTrainedModel:
     return source
 
 
+@pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt"])
-def test_what_others_say_is_put_back(family: str) -> None:
-    """Without the quieter copies nothing is lost, for what reads the originals makes up for them."""
+def test_what_others_say_is_put_back(family: str, rescale: bool) -> None:
+    """Without the quieter copies nothing is lost: what reads the originals makes up for them, and no gain is on it."""
     source = doubled(family)
     kept = {"rescale": False, "score": _last}
     plain = shrunk(source, method_args=kept)
-    fitted = shrunk(source, method_args=kept, compensation=["least_squares"])
+    fitted = shrunk(source, method_args={**kept, "rescale": rescale}, compensation=["least_squares"])
     # The ridge, a thousandth of the mean square, is what keeps this from being exact.
     assert distance(fitted, source) < 0.05 * distance(plain, source)
+
+
+def test_no_refit_of_the_default_start_has_a_gain() -> None:
+    source = families.model("llama")
+    plan = AutoSubclone.from_pretrained(source, hidden=32, ffn=64, calibration=IDS).hf_ws_plan
+    assert len(plan.refits) == 2 * 4
+    assert {plan.gains.get(name, 1.0) for name in plan.refits} == {1.0}
+    assert not {name.replace(f".{i}.", ".*.") for name in plan.refits for i in range(4)} & plan.gains.keys()
 
 
 def _last(known: object, axis: str, layer: object) -> torch.Tensor:

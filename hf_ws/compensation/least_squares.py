@@ -27,14 +27,15 @@ def least_squares(plan: Plan, source: Source, certificate: Certificate, evidence
 
     Of the source's inputs a [n] the target sees a_K. The best linear guess at a from a_K is E[a a_K^T] E[a_K a_K^T]^-1
     a_K, so that is what the matrix is multiplied by: W' a_K is then nearest to W a over the calibration data, with a
-    small penalty on how far W' goes from the columns that are kept.
+    small penalty on how far W' goes from the columns that are kept. It takes the place of a gain of fan-in.
     """
-    refits = dict(plan.refits)
+    refits, gains = dict(plan.refits), dict(plan.gains)
     for name, kept, moments in tqdm(
         list(cut(plan, certificate, evidence)), desc="fitting", unit="matrix", delay=2
     ):
         refits[name] = Refit(fitted(moments.second.double(), kept))
-    return replace(plan, refits=refits)
+        gains |= without_gain(name, plan, certificate)
+    return replace(plan, refits=refits, gains=gains)
 
 
 least_squares.wants = ("moments",)  # type: ignore[attr-defined]
@@ -58,6 +59,11 @@ def cut(
             arrays = {axis: m.as_array for axis, m in maps.items() if isinstance(m, Gather)}
             kept = positions(reading[0], plan.source_sizes, plan.target_sizes, arrays)
             yield name, torch.from_numpy(kept), evidence.moments[source]
+
+
+def without_gain(name: str, plan: Plan, certificate: Certificate) -> dict[str, float]:
+    """What to put among a plan's gains so that a matrix of the target, by name, has none."""
+    return {name: 1.0} if certificate.kept(plan.layers).pattern(name) in plan.gains else {}
 
 
 def _ties(config: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from hf_ws.compensation.least_squares import cut, fitted
+from hf_ws.compensation.least_squares import cut, fitted, without_gain
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate
 from hf_ws.maps import Refit
@@ -27,7 +27,7 @@ def least_squares_hidden(plan: Plan, source: Source, certificate: Certificate, e
     found = list(cut(plan, certificate, evidence, stream=True))
     for name, kept, moments in tqdm(found, desc="fitting", unit="matrix", delay=2):
         refits[name] = Refit(fitted(moments.second.double(), kept))
-        gains |= {name: 1.0} if certificate.kept(plan.layers).pattern(name) in gains else {}
+        gains |= without_gain(name, plan, certificate)
     return replace(plan, refits=refits, gains=gains)
 
 

@@ -67,7 +67,8 @@ def rotation(
     }
     maps |= ranked_maps(request, score or "explained", given={*maps, *taken}) | merges
     folds = {name: fold for found in turned for name, fold in found.folds.items()}
-    gains = request.fan_in_gains(without={*maps} if turned else set()) | request.embedding_gains()
+    mapped = {key.partition("@")[0] for key in maps} if turned else set()
+    gains = request.fan_in_gains(without=mapped) | request.embedding_gains()
     return request.plan(maps, folds=folds, gains=gains)
 
 
