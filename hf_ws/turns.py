@@ -24,13 +24,14 @@ def settle_turn(
     In D channels a norm gives x sqrt(D) / |x|; of that the kept part is M x sqrt(D) / |x|. In d channels it gives
     M x sqrt(d) / |M x|. So it has to multiply by sqrt(D / d) |M x| / |x|, on average.
     """
-    places = {
+    seen = {
         target: _stream(evidence.moments[source].second, turn.centred)
         for target, source in _norms(plan, certificate, axis, evidence)
     }
+    places = {target: second for target, second in seen.items() if float(second.trace()) > 0}
     if not places:
         raise CalibrationError(
-            f"{axis}: no norm of the stream ran on the calibration data; is it what the model takes?"
+            f"{axis}: no norm of the stream ran on the calibration data, or it is zero there; is it what the model takes?"
         )
     whole = torch.stack([second * weight_of(second) for second in places.values()]).sum(0)
     free = turn.keep - turn.centred

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+    Qwen2ForSequenceClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_ws import AutoSubclone, Plan
 from hf_ws.axes import HIDDEN, parse
@@ -16,7 +23,7 @@ from hf_ws.distill.states import Correspondence, state_losses, watched
 from hf_ws.errors import CalibrationError, UnsupportedArchitectureError
 from hf_ws.layouts import certify, generic, select
 from hf_ws.layouts.turn import turned, turning, with_mean, zero_mean_basis
-from hf_ws.maps import Turn
+from hf_ws.maps import Dense, Turn
 from hf_ws.methods import Request
 from hf_ws.sizes import sizes_of
 from tests import families
@@ -220,3 +227,57 @@ def test_what_untying_costs_is_in_the_plan(family: str) -> None:
 
 def _empty(source: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return type(source)(type(source.config).from_dict(dict(plan.target_config)))
+
+
+SEQ2SEQ = {
+    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0, "tie_word_embeddings": True,
+}  # fmt: skip
+NEVER_APART = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**SEQ2SEQ, feed_forward_proj="gated-gelu")),
+    "switch": lambda: SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(
+            **SEQ2SEQ, num_experts=2, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NEVER_APART)
+def test_a_head_that_cannot_be_untied_is_said_and_stays(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The config class ties T5's again; Switch scales what a tied head reads."""
+    torch.manual_seed(0)
+    source = NEVER_APART[family]().eval()
+    ids = torch.arange(24).view(2, 12) % 64
+    data = [{"input_ids": ids, "decoder_input_ids": ids}]
+    with caplog.at_level(logging.WARNING, "hf_ws"):
+        target = AutoSubclone.from_pretrained(source, hidden=24, method="rotation", calibration=data)
+    assert "its head cannot be untied from the embedding" in caplog.text
+    assert target.config.tie_word_embeddings
+    assert target.hf_ws_plan.parameters[1] == target.num_parameters()
+    target.save_pretrained(tmp_path)
+    again = type(target).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**data[0]).logits, target(**data[0]).logits)
+
+
+def test_a_class_without_a_head_is_turned_whatever_its_config_says() -> None:
+    """A classifier of a tied checkpoint has nothing to untie, and gets the better start by default."""
+    torch.manual_seed(0)
+    config = families.config("qwen2")
+    config.tie_word_embeddings, config.num_labels, config.pad_token_id = True, 3, 0
+    source = Qwen2ForSequenceClassification(config).eval()
+    target = AutoSubclone.from_pretrained(source, hidden=32, calibration=IDS)
+    assert isinstance(target.hf_ws_plan.maps["hidden"], Dense)
+    assert target.hf_ws_plan.parameters[1] == target.num_parameters()
+
+
+def test_a_stream_of_zeros_is_refused_in_words() -> None:
+    source = families.model("llama")
+    with torch.no_grad():
+        source.model.embed_tokens.weight.zero_()
+    with pytest.raises(
+        CalibrationError, match="no norm of the stream ran on the calibration data, or it is zero there"
+    ):
+        AutoSubclone.from_pretrained(source, hidden=32, method="rotation", calibration=IDS)

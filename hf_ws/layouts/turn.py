@@ -65,6 +65,36 @@ def turning(
     return _TURNINGS[key]
 
 
+_UNTIED: dict[tuple[type[PreTrainedModel], str], bool] = {}
+
+
+def can_be_untied(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether a model of this tied config does the same with a head of its own that equals the embedding; remembered.
+
+    Not where the config class ties it again (T5), or the class scales what a tied head reads (Switch Transformers).
+    """
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _UNTIED:
+        own = {
+            name: value
+            for name in ("scale_decoder_outputs",)
+            if (value := getattr(config, name, None)) is not None
+        }
+        tied, apart = (
+            resize(miniatures(model_class, config)[0], {}, None, tie_word_embeddings=flag, **own)
+            for flag in (True, False)
+        )
+        if getattr(type(apart).from_dict(apart.to_dict()), "tie_word_embeddings", False):
+            _UNTIED[key] = False
+        else:
+            with run.plain_arithmetic(tied):
+                one, other = run.perturbed(run.build(model_class, tied)), run.build(model_class, apart)
+                other.load_state_dict(one.state_dict(), strict=False)
+                given = inputs(one)
+                _UNTIED[key] = distance(run.run(other, given), run.run(one, given), {}) <= TOLERANCE
+    return _UNTIED[key]
+
+
 def _untied(config: PreTrainedConfig) -> dict[str, bool]:
     tied = any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(config))
     return {"tie_word_embeddings": False} if tied else {}

@@ -234,17 +234,18 @@ class Request:
 
     @property
     def tied(self) -> bool:
-        """Whether the target's head is its embedding."""
-        return any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config))
+        """Whether the target's head is its embedding; a class without a head has none, whatever its config says."""
+        said = any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config))
+        return said and bool(self.certificate.tied)
 
     def untied(self) -> Request:
         """The same, for a target whose head is a tensor of its own."""
-        config = deepcopy(self.target_config)
-        tied = [node for _, node in nodes(config) if getattr(node, "tie_word_embeddings", False)]
-        if not tied:
+        if not self.tied:
             return self
-        for node in tied:
-            node.tie_word_embeddings = False
+        config = deepcopy(self.target_config)
+        for _, node in nodes(config):
+            if getattr(node, "tie_word_embeddings", False):
+                node.tie_word_embeddings = False
         parameters = sum(map(math.prod, census(self.model_class, config).values()))
         more = parameters - self.parameters[1]
         logger.warning("the head is untied from the embedding: %s parameters more", f"{more:,}")

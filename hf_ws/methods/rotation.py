@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_ws.axes import HIDDEN, kind_of
 from hf_ws.errors import UnsupportedArchitectureError
-from hf_ws.layouts.turn import Turning, turning
+from hf_ws.layouts.turn import Turning, can_be_untied, turning
 from hf_ws.maps import Turn
 from hf_ws.methods.kv import merged
 from hf_ws.methods.request import Request, logger
@@ -59,6 +59,13 @@ def rotation(
             turned.append(turning(request.model_class, request.source_config, request.certificate, axis))
         except UnsupportedArchitectureError as error:
             logger.warning("%s; its channels are selected by importance instead", error)
+    if turned and request.tied and not can_be_untied(request.model_class, request.source_config):
+        name = request.model_class.__name__
+        logger.warning(
+            "%s: its head cannot be untied from the embedding; its channels are selected by importance instead",
+            name,
+        )
+        turned = []
     if turned:
         request = request.untied()
     maps: dict[str, Any] = {
