@@ -31,7 +31,7 @@ def settle_turn(
     places = {target: second for target, second in seen.items() if float(second.trace()) > 0}
     if not places:
         raise CalibrationError(
-            f"{axis}: no norm of the stream ran on the calibration data, or it is zero there; is it what the model takes?"
+            f"{axis}: no norm of the stream ran on the calibration data, or it is zero there; is it what it takes?"
         )
     whole = torch.stack([second * weight_of(second) for second in places.values()]).sum(0)
     free = turn.keep - turn.centred
