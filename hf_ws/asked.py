@@ -30,7 +30,7 @@ class Ask:
     goal: Goal | None = None
     method: str | Method | None = None
     method_args: Mapping[str, Any] = field(default_factory=dict)
-    layer_policy: str | LayerPolicy | Sequence[int] | tuple[str, ...] | None = None
+    layer_policy: str | LayerPolicy | Sequence[int] | None = None
     calibration: Any = None
     compensation: Sequence[str] | None = None
     seed: int = 0

@@ -16,10 +16,8 @@ from hf_ws.evidence import Evidence, Moments
 from hf_ws.layouts import Certificate
 from hf_ws.maps import Gather, Refit
 from hf_ws.plan import Plan
+from hf_ws.scores.elimination import RIDGE
 from hf_ws.store import Source
-
-RIDGE = 1e-3
-"""Added to the kept inputs' second moments, as a share of their mean: keeps what hardly moves from being blown up."""
 
 
 def least_squares(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence) -> Plan:

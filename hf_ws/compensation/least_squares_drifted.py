@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_ws.axes import HIDDEN, kind_of, parse
-from hf_ws.compensation.least_squares import RIDGE
 from hf_ws.compensation.running import Running, called
 from hf_ws.evidence import Evidence
 from hf_ws.evidence.sites import inputs
@@ -21,6 +20,7 @@ from hf_ws.layouts import Certificate
 from hf_ws.layouts.norms import is_norm
 from hf_ws.maps import Dense, Gather, Given
 from hf_ws.plan import Plan
+from hf_ws.scores.elimination import RIDGE
 from hf_ws.store import Source
 
 

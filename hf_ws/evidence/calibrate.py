@@ -70,7 +70,7 @@ def calibrate(
         sums.gather(share()[1])
         if kept is not None:
             kept.finish(sums)
-    return finish(sums, sites.watched(model, certificate), sizes_of(model.config), wants, of)
+    return finish(sums, sites.every(model, certificate), sizes_of(model.config), wants, of)
 
 
 def _checked(wants: Sequence[str]) -> tuple[str, ...]:

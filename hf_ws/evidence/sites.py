@@ -74,7 +74,7 @@ def fused(model: PreTrainedModel, certificate: Certificate) -> dict[str, Site]:
     return found
 
 
-def watched(model: PreTrainedModel, certificate: Certificate) -> list[Site]:
+def every(model: PreTrainedModel, certificate: Certificate) -> list[Site]:
     """Every site of `readers`, `fused` and `blocks`."""
     return [
         *(site for own in readers(model, certificate).values() for site in own),

@@ -75,6 +75,7 @@ def can_be_untied(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
     """
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _UNTIED:
+        # What miniatures switch off, and a class may decide together with the tie.
         own = {
             name: value
             for name in ("scale_decoder_outputs",)

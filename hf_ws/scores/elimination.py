@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+RIDGE = 1e-3
+"""Added to the inputs' second moments, here and by the refits of `hf_ws.compensation`, as a share of their mean: keeps
+what hardly moves from being blown up."""
+
 ROUND = 64
 """Inputs that go between two updates of everything; they are the best of twice as many, chosen one by one."""
 

@@ -9,12 +9,9 @@ from hf_ws.axes import EXPERTS, HEADS, HIDDEN, KV_HEADS, kind_of, sibling
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence import place
 from hf_ws.scores.activation import activation
-from hf_ws.scores.elimination import missed
+from hf_ws.scores.elimination import RIDGE, missed
 from hf_ws.scores.known import Known
 from hf_ws.sizes import sizes_of
-
-RIDGE = 1e-3
-"""As in `hf_ws.compensation.least_squares`, whose refit this foresees."""
 
 
 def explained(known: Known, axis: str, layer: int | str | None) -> Tensor:
