@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_ws.axes import Dim, Layout, parse, split_key
 from hf_ws.layouts import Certificate, before, select
 from hf_ws.layouts.select import Sides, along
-from hf_ws.layouts.turn import turned
+from hf_ws.layouts.turn import turned, unseen
 from hf_ws.maps import Blocks, Dense, Gather
 from hf_ws.plan import Plan
 from hf_ws.store import Source
@@ -22,10 +22,11 @@ class Maker:
         self, plan: Plan, source: Source, certificate: Certificate, dtype: torch.dtype | None
     ) -> None:
         self._plan, self._source, self._stacks, self._dtype = plan, source, certificate.stacks, dtype
+        norms = {*plan.folds, *(fold.bias for fold in plan.folds.values())}
         self._norms = {
             (own.pattern, own.layer): own.name
             for own in certificate.spelled(plan.layers, plan.folds)
-            if own.pattern in plan.folds
+            if own.pattern in norms
         }
 
     def made(self, name: str, pattern: str, layer: int | str | None) -> tuple[Tensor, Tensor]:
@@ -92,34 +93,57 @@ class Maker:
         maps: dict[str, np.ndarray | Sides | Blocks],
     ) -> tuple[Tensor | None, dict[str, np.ndarray | Sides | Blocks]]:
         """A tensor's value where folding a norm says all about it, and the maps with the norm's gain in them."""
-        plan = self._plan
-
-        def gain(norm: str) -> Tensor | None:
-            if norm not in plan.layouts:
-                return None
-            own = layer if "*" in norm else None
-            return self._weight(self._norms[norm, own], own)
-
-        def level(norm: str) -> float:
-            named = self._norms.get((norm, layer if "*" in norm else None), norm)
-            return plan.gains.get(named, plan.gains.get(norm, 1.0))
-
         value = None
         for axis, sides in list(maps.items()):
             if isinstance(sides, tuple):
-                own = {norm: fold for norm, fold in plan.folds.items() if fold.axis == axis}
-                value, maps[axis] = turned(weight, pattern, own, sides, gain, level)
+                own = {norm: fold for norm, fold in self._plan.folds.items() if fold.axis == axis}
+                value, maps[axis] = turned(
+                    weight,
+                    pattern,
+                    own,
+                    sides,
+                    lambda norm: self._of_norm(norm, layer),
+                    lambda norm: self._level(norm, layer),
+                )
         return value, maps
+
+    def _of_norm(self, pattern: str, layer: int | str | None) -> Tensor | None:
+        """The source's gain or bias of a norm that is folded, in this layer; None where it has none."""
+        if pattern not in self._plan.layouts:
+            return None
+        own = layer if "*" in pattern else None
+        return self._weight(self._norms[pattern, own], own)
+
+    def _level(self, norm: str, layer: int | str | None) -> float:
+        """What a folded norm multiplies every channel by in the target."""
+        named = self._norms.get((norm, layer if "*" in norm else None), norm)
+        return self._plan.gains.get(named, self._plan.gains.get(norm, 1.0))
 
     def _with_rest(self, weight: Tensor, name: str, pattern: str, layer: int | str | None) -> Tensor:
         """A bias with what its matrix no longer reads, on average; any other tensor as it is."""
         owner, _, leaf = name.rpartition(".")
-        refit = self._plan.refits.get(f"{owner}.weight") if leaf == "bias" else None
-        if refit is None or refit.rest is None:
+        about = f"{pattern.rpartition('.')[0]}.weight"
+        layout = parse(self._plan.layouts.get(about, "")) if leaf == "bias" else ()
+        reading = [at for at, dim in enumerate(layout) if dim.reads]
+        if len(layout) != 2 or len(reading) != 1:
             return weight
-        layout = parse(self._plan.layouts[f"{pattern.rpartition('.')[0]}.weight"])
-        (at,) = [at for at, dim in enumerate(layout) if dim.reads]
+        rest = self._rest(f"{owner}.weight", about, layout[reading[0]], layer)
+        if rest is None:
+            return weight
         wide = self._weight(f"{owner}.weight", layer).double()
-        return weight.double() + torch.tensordot(
-            wide, torch.from_numpy(refit.rest).to(wide), dims=([at], [0])
-        )
+        return weight.double() + torch.tensordot(wide, rest.to(wide), dims=(reading, [0]))
+
+    def _rest(self, name: str, pattern: str, reading: Dim, layer: int | str | None) -> Tensor | None:
+        """What a matrix of the target never sees of the source's inputs, on average [source inputs]."""
+        refit = self._plan.refits.get(name)
+        if refit is not None:
+            return None if refit.rest is None else torch.from_numpy(refit.rest)
+        for norm, fold in self._plan.folds.items():
+            bias = self._of_norm(fold.bias, layer) if pattern in fold.readers else None
+            if bias is not None and reading.expression == fold.axis:
+                sides = self._plan.axis_map(fold.axis, layer, name)
+                gain = self._of_norm(norm, layer)
+                if isinstance(sides, Dense):
+                    own = self._level(norm, layer) if gain is None else gain.double() + fold.offset
+                    return unseen(bias, own, (sides.write, sides.read))
+        return None

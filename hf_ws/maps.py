@@ -205,6 +205,8 @@ class Fold:
     """The norm's bias, if it has one."""
     offset: float = 0.0
     """What the class adds to the gain it keeps: one, or nothing."""
+    eps: float = 0.0
+    """What it adds to the mean square before it takes the root."""
 
 
 AxisMap = Gather | Rank | Turn | Dense | Merge | Blocks

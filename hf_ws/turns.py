@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_ws.errors import CalibrationError
 from hf_ws.evidence import Evidence
 from hf_ws.layouts import Certificate
+from hf_ws.layouts.certify import Spelled
 from hf_ws.layouts.turn import with_mean, zero_mean_basis
 from hf_ws.maps import Dense, Turn
 from hf_ws.plan import Plan
@@ -21,13 +22,11 @@ def settle_turn(
 ) -> tuple[Dense, dict[str, float]]:
     """The basis of a stream, and the number that each of its norms multiplies every channel by, by target name.
 
-    In D channels a norm gives x sqrt(D) / |x|; of that the kept part is M x sqrt(D) / |x|. In d channels it gives
-    M x sqrt(d) / |M x|. So it has to multiply by sqrt(D / d) |M x| / |x|, on average.
+    In D channels a norm gives x / sqrt(|x|^2 / D + eps); of that the kept part is M x over the same root. In d channels
+    it gives M x / sqrt(|M x|^2 / d + eps). So it has to multiply by the one root over the other, on average.
     """
-    seen = {
-        target: _stream(evidence.moments[source].second, turn.centred)
-        for target, source in _norms(plan, certificate, axis, evidence)
-    }
+    found = {own.name: own for own in _norms(plan, certificate, axis, evidence)}
+    seen = {name: _stream(evidence.moments[own.source].second, turn.centred) for name, own in found.items()}
     places = {target: second for target, second in seen.items() if float(second.trace()) > 0}
     if not places:
         raise CalibrationError(
@@ -43,11 +42,20 @@ def settle_turn(
     matrix = with_mean(zero_mean_basis(turn.keep), basis) if turn.centred else basis.T
     kept = torch.from_numpy(basis)
     levels = {
-        name: float((turn.size / turn.keep * (kept.T @ second @ kept).trace() / second.trace()).sqrt())
+        name: level(
+            float((kept.T @ second @ kept).trace()) / turn.keep,
+            float(second.trace()) / turn.size,
+            plan.folds[found[name].pattern].eps,
+        )
         for name, second in places.items()
     }
     matrix = np.ascontiguousarray(matrix)
     return Dense(matrix, matrix, "leading directions of the"), levels
+
+
+def level(kept: float, whole: float, eps: float) -> float:
+    """What a norm has to multiply by, from the mean squares of the channels it sees and of those it saw."""
+    return float(((kept + eps) / max(whole + eps, 1e-300)) ** 0.5)
 
 
 def weight_of(second: Tensor) -> float:
@@ -64,9 +72,9 @@ def _stream(second: Tensor, centred: bool) -> Tensor:
     return second
 
 
-def _norms(plan: Plan, certificate: Certificate, axis: str, evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Target and source name of the gain of every norm of the stream that the target has, and that ran."""
+def _norms(plan: Plan, certificate: Certificate, axis: str, evidence: Evidence) -> Iterator[Spelled]:
+    """The gain of every norm of the stream that the target has, and that ran."""
     for own in certificate.spelled(plan.layers, plan.folds):
         fold = plan.folds.get(own.pattern)
         if fold is not None and fold.axis == axis and own.source in evidence.moments:
-            yield own.name, own.source
+            yield own

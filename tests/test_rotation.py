@@ -9,23 +9,34 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     PreTrainedModel,
     Qwen2ForSequenceClassification,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_ws import AutoSubclone, Plan
-from hf_ws.axes import HIDDEN, parse
+from hf_ws.axes import HIDDEN, parse, positions
 from hf_ws.distill.states import Correspondence, state_losses, watched
 from hf_ws.errors import CalibrationError, UnsupportedArchitectureError
-from hf_ws.layouts import certify, generic, select
+from hf_ws.layouts import certify, generic, run, select
+from hf_ws.layouts.norms import eps_of
 from hf_ws.layouts.turn import turned, turning, with_mean, zero_mean_basis
 from hf_ws.maps import Dense, Turn
 from hf_ws.methods import Request
 from hf_ws.sizes import sizes_of
+from hf_ws.turns import level
 from tests import families
 
 IDS = families.tokens(8, 16)
@@ -52,14 +63,100 @@ def whole(request: Request) -> Plan:
 @pytest.mark.parametrize("family", TURNED)
 def test_at_full_size_the_function_stays(family: str) -> None:
     source = families.model(family).double()
-    wanted = families.logits(source)
     target = AutoSubclone.from_pretrained(source, method=whole, calibration=IDS, dtype="float64")
-    own = ("RMSNorm", "CohereLayerNorm", "OlmoLayerNorm")  # these compute in float32 inside
-    rms = any(type(module).__name__.endswith(own) for module in source.modules())
-    error = float((families.logits(target) - wanted).abs().max() / wanted.abs().max())
-    assert error < (1e-5 if rms else 1e-9)
+    with run.plain_arithmetic(source.config):  # some norms compute in float32 inside
+        wanted = families.logits(source)
+        error = float((families.logits(target) - wanted).abs().max() / wanted.abs().max())
+    assert error < 1e-9
     name = next(name for name, t in target.named_parameters() if t.ndim == 2)
     assert not torch.equal(dict(target.named_parameters())[name], source.state_dict()[name])
+
+
+VISION = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96, "image_size": 32,
+    "patch_size": 8, "num_labels": 5,
+}  # fmt: skip
+SEQ2SEQ = {
+    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0, "tie_word_embeddings": True,
+}  # fmt: skip
+PEGASUS = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "tie_word_embeddings": False,
+    "pad_token_id": 0, "decoder_start_token_id": 0, "max_position_embeddings": 32,
+}  # fmt: skip
+WORDS = torch.arange(24).view(2, 12) % 60 + 3
+ELSEWHERE = {
+    "vit": lambda: (ViTForImageClassification(ViTConfig(**VISION)), "pixel_values"),
+    "deit": lambda: (DeiTForImageClassification(DeiTConfig(**VISION)), "pixel_values"),
+    "deit with teacher": lambda: (
+        DeiTForImageClassificationWithTeacher(DeiTConfig(**VISION)), "pixel_values"),
+    "pegasus": lambda: (PegasusForConditionalGeneration(PegasusConfig(**PEGASUS)), "decoder_input_ids"),
+    "classifier": lambda: (
+        Qwen2ForSequenceClassification(families.config("qwen2", num_labels=5)), "input_ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_at_full_size_the_function_of_other_classes_stays(name: str) -> None:
+    """Images, an encoder with a decoder, a classifier."""
+    torch.manual_seed(2)
+    source, given = ELSEWHERE[name]()
+    with torch.no_grad():
+        for parameter in source.eval().double().parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32).double()} if given == "pixel_values" else {}
+    batch |= {key: WORDS for key in ("input_ids", "decoder_input_ids") if given.endswith(key)}
+    target = AutoSubclone.from_pretrained(source, method=whole, calibration=[batch], dtype="float64")
+    with run.plain_arithmetic(source.config):
+        wanted, found = (model(**batch) for model in (source, target))
+    key = "logits" if "logits" in wanted else "last_hidden_state"
+    assert float((found[key] - wanted[key]).abs().max() / wanted[key].abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi", "starcoder2"])
+def test_a_bias_that_the_norm_has_no_room_for_goes_to_its_readers(family: str) -> None:
+    """A LayerNorm model whose stream never leaves half of its directions, and whose dropped heads say nothing, loses
+    nothing, though its norms' biases leave them."""
+    source, sizes = _half_asleep(family)
+    half = {axis: sizes[axis] // 2 for axis in ("hidden", "heads", "kv_heads")}
+    target = AutoSubclone.from_pretrained(
+        source, ffn=sizes["ffn"], method="rotation", calibration=IDS, dtype="float64", **half
+    )
+    wanted = families.logits(source)
+    assert float((families.logits(target) - wanted).abs().max() / wanted.abs().max()) < 1e-6
+
+
+def _half_asleep(family: str) -> tuple[PreTrainedModel, dict[str, int]]:
+    """A model of which half of the heads, and of the directions of the stream, could as well not be there. Its stream
+    is loud, so that a norm's epsilon is nothing beside it. Where a head has no bias, the last norm's stays inside."""
+    source = families.model(family, tie_word_embeddings=False).double()
+    certificate, sizes = certify(type(source), source.config), sizes_of(source.config)
+    found = turning(type(source), source.config, certificate)
+    size, parameters = sizes[HIDDEN], dict(source.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    free = torch.randn(size - 1, size // 2 - 1, generator=generator, dtype=torch.float64)
+    basis = torch.from_numpy(zero_mean_basis(size)) @ torch.linalg.qr(free)[0]
+    inside = basis @ basis.T + 1 / size
+    gone = {axis: np.arange(sizes[axis] // 2, sizes[axis]) for axis in ("heads", "kv_heads")}
+    half = sizes | {axis: len(index) for axis, index in gone.items()}
+    norms = {*found.folds, *(fold.bias for fold in found.folds.values())}
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            pattern = certificate.pattern(name)
+            layout = () if pattern in norms else parse(certificate.layouts[pattern])
+            for at, dim in enumerate(layout):
+                if dim.expression == HIDDEN and not dim.reads:
+                    tensor.copy_(torch.tensordot(tensor, inside, dims=([at], [0])).movedim(-1, at))
+                    tensor.mul_(1.0 if layout[0].expression != "vocab" else 100.0)
+                if dim.reads and "heads" in dim.axes:
+                    tensor.index_fill_(at, torch.from_numpy(positions(dim, sizes, half, gone)), 0.0)
+            fold = found.folds.get(pattern)
+            readers = [reader.removesuffix("weight") for reader in fold.readers] if fold else []
+            if any(f"{reader}bias" not in certificate.layouts for reader in readers):
+                bias = parameters[f"{name.removesuffix('weight')}bias"]
+                bias.copy_(tensor * (inside @ bias))
+    return source, sizes
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
@@ -120,10 +217,25 @@ def test_a_norm_of_fewer_channels_gives_what_it_gave(centred: bool) -> None:
     matrix = with_mean(zero_mean_basis(32), zero_mean_basis(64) @ basis) if centred else basis.T
     kept = torch.from_numpy(matrix)
     stream = torch.randn(5, 32).double() @ kept
+    if centred:
+        stream = stream - stream.mean(1, keepdim=True)
+    stream = stream / stream.norm(dim=1, keepdim=True)  # 1/64 is the mean square of all 64, 1/32 of the 32 kept
     norm = torch.nn.functional.layer_norm if centred else torch.nn.functional.rms_norm
-    wanted = norm(stream, (64,), eps=0.0) @ kept.T
-    given = norm(stream @ kept.T, (32,), eps=0.0) * 2**0.5
-    torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+    for eps in (0.0, 1e-3):
+        wanted = norm(stream, (64,), eps=eps) @ kept.T
+        given = norm(stream @ kept.T, (32,), eps=eps) * level(1 / 32, 1 / 64, eps)
+        torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+    assert level(1 / 32, 1 / 64, 0.0) == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-6, 1e-5, 1e-2])
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, LlamaRMSNorm, GemmaRMSNorm])
+def test_the_epsilon_of_a_norm_is_found(kind: type[torch.nn.Module], eps: float) -> None:
+    norm = kind(9, eps=eps).double()
+    with torch.no_grad(), run.plain_arithmetic(families.config("llama")):
+        for parameter in norm.parameters():
+            parameter.add_(torch.rand_like(parameter))
+        assert eps_of(norm, 9) == pytest.approx(eps, rel=1e-6, abs=1e-13)
 
 
 def _in_a_subspace(family: str, small: PreTrainedModel) -> PreTrainedModel:
@@ -229,10 +341,6 @@ def _empty(source: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return type(source)(type(source.config).from_dict(dict(plan.target_config)))
 
 
-SEQ2SEQ = {
-    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
-    "decoder_start_token_id": 0, "tie_word_embeddings": True,
-}  # fmt: skip
 NEVER_APART = {
     "t5": lambda: T5ForConditionalGeneration(T5Config(**SEQ2SEQ, feed_forward_proj="gated-gelu")),
     "switch": lambda: SwitchTransformersForConditionalGeneration(

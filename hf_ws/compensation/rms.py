@@ -16,6 +16,7 @@ from hf_ws.layouts.norms import norms_of
 from hf_ws.maps import Gather
 from hf_ws.plan import Plan
 from hf_ws.store import Source
+from hf_ws.turns import level
 
 
 def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence) -> Plan:
@@ -36,9 +37,9 @@ def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence
     gains, offsets = dict(plan.gains), dict(plan.offsets)
     for own, kept in normed(plan, certificate, evidence):
         norm = norms[own.pattern]
-        level = _level(evidence.moments[own.source].second.double(), kept, norm.centred)
-        if level > 0:
-            gains[own.name] = level * plan.gains.get(own.name, plan.gains.get(own.pattern, 1.0))
+        part, whole = _mean_squares(evidence.moments[own.source].second.double(), kept, norm.centred)
+        if part > 0:
+            gains[own.name] = level(part, whole, norm.eps) * plan.gains.get(own.name, plan.gains.get(own.pattern, 1.0))
             offsets |= {own.pattern: norm.offset} if norm.offset else {}
     return replace(plan, gains=gains, offsets=offsets)
 
@@ -58,8 +59,8 @@ def normed(plan: Plan, certificate: Certificate, evidence: Evidence) -> Iterator
             yield own, torch.from_numpy(kept.as_array)
 
 
-def _level(second: Tensor, kept: Tensor, centred: bool) -> float:
-    """The root mean square of the kept channels over that of all, from second moments [all, all]."""
+def _mean_squares(second: Tensor, kept: Tensor, centred: bool) -> tuple[float, float]:
+    """The mean square of the kept channels, and that of all, from second moments [all, all]."""
     part = second[kept][:, kept]
-    energy = [float(m.diagonal().mean() - (m.mean() if centred else 0.0)) for m in (part, second)]
-    return float((max(energy[0], 0.0) / max(energy[1], 1e-300)) ** 0.5)
+    one, whole = (float(m.diagonal().mean() - (m.mean() if centred else 0.0)) for m in (part, second))
+    return max(one, 0.0), max(whole, 0.0)

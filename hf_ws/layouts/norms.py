@@ -22,6 +22,8 @@ class Norm(NamedTuple):
     """What the class adds to the gain it keeps: one (Gemma), or nothing."""
     centred: bool
     """Whether it takes out the mean over channels."""
+    eps: float
+    """What it adds to the mean square before it takes the root."""
 
 
 _NORMS: dict[tuple[type[PreTrainedModel], str], dict[str, Norm]] = {}
@@ -39,7 +41,7 @@ def norms_of(
             stacks = certificate.stacks.of(small)
             _NORMS[key] = {
                 generic(f"{name}.weight", stacks)[0]: Norm(
-                    offset_of(module), centres(module, len(module.weight))
+                    offset_of(module), centres(module, size := len(module.weight)), eps_of(module, size)
                 )
                 for name, module in model.named_modules()
                 if is_norm(module) and isinstance(getattr(module, "weight", None), torch.Tensor)
@@ -71,6 +73,22 @@ def centres(norm: nn.Module, size: int) -> bool:
     """Whether the norm does not see what all channels have in common."""
     probe = torch.randn(2, size, generator=torch.Generator().manual_seed(1))
     return bool(torch.allclose(_normed(norm, probe), _normed(norm, probe + 3.0), atol=1e-6))
+
+
+def eps_of(norm: nn.Module, size: int) -> float:
+    """What the norm adds to the mean square, from how much quieter it makes what is nearly nothing.
+
+    Of x of mean square one and t x it gives what is r times as loud, r^2 = t^2 (1 + eps) / (t^2 + eps).
+    """
+    few = 1e-3
+    probe = torch.ones(1, size)
+    probe[:, ::2] = -1.0
+    if size % 2:
+        probe[:, -1] = 0.0
+        probe *= (size / (size - 1)) ** 0.5
+    none, whole, quiet = (_normed(norm, probe * by).double() for by in (0.0, 1.0, few))
+    ratio = float(((quiet - none).norm() / (whole - none).norm()) ** 2)
+    return max(few**2 * (1 - ratio) / (ratio - few**2), 0.0) if ratio > few**2 else 0.0
 
 
 def _normed(norm: nn.Module, probe: torch.Tensor) -> torch.Tensor:

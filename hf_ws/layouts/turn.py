@@ -25,7 +25,7 @@ from hf_ws.layouts.bench import TOLERANCE
 from hf_ws.layouts.certify import Certificate, anchored
 from hf_ws.layouts.infer import tensors_of
 from hf_ws.layouts.miniature import inputs, miniatures
-from hf_ws.layouts.norms import centres, is_norm, offset_of
+from hf_ws.layouts.norms import centres, eps_of, is_norm, offset_of
 from hf_ws.layouts.outputs import distance
 from hf_ws.layouts.select import Sides, select
 from hf_ws.layouts.stacks import generic
@@ -200,13 +200,14 @@ def _followed(
     def note(owner: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            read[owner] |= {written[v.data_ptr()][0] for v in seen if v.data_ptr() in written}
+            places = [value.untyped_storage().data_ptr() for value in seen]  # of one token's too
+            read[owner] |= {written[place][0] for place in places if place in written}
 
         return hook
 
     def keep(owner: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            written[output.data_ptr()] = (owner, output)  # kept, so that its place is not given to another
+            written[output.untyped_storage().data_ptr()] = (owner, output)  # kept, so that its place is not given to another
 
         return hook
 
@@ -219,6 +220,7 @@ def _followed(
     for hook in hooks:
         hook.remove()
     folds: dict[str, Fold] = {}
+    size = sizes_of(model.config)[axis]
     for owner, module in norms.items():
         pattern, layer = generic(f"{owner}.weight", certificate.stacks)
         own = [name for reader, names in readers.items() for name in names if _reads(reader, owner, read)]
@@ -231,8 +233,7 @@ def _followed(
         patterns = tuple(sorted({name for name, _ in about}.union(before)))
         bias = certificate.pattern(f"{owner}.bias") if getattr(module, "bias", None) is not None else ""
         if patterns or getattr(module, "weight", None) is not None:  # a bare one may be of something else
-            folds[pattern] = Fold(axis, patterns, bias, offset_of(module))
-    size = sizes_of(model.config)[axis]
+            folds[pattern] = Fold(axis, patterns, bias, offset_of(module), eps_of(module, size))
     used = [
         module
         for owner, module in norms.items()
@@ -281,7 +282,22 @@ def turned(
         read = sides[1] * (level(norm) if own is None else own.double().cpu().numpy() + fold.offset)
         if pattern in fold.readers:
             return None, (sides[0], read)
-        # The readers see W diag(gain) R^T b'; of all b' the one for which that is W b, or nearest to it.
-        found = np.linalg.lstsq(read.T, tensor.double().cpu().numpy(), rcond=1e-10)[0]
-        return torch.from_numpy(found), sides
+        return torch.from_numpy(_seen_as(tensor, read)), sides
     return None, sides
+
+
+def unseen(bias: Tensor, gain: Tensor | float, sides: Sides) -> Tensor:
+    """What of a norm's bias [source length] its readers no longer see, float64: theirs, if they have any, can say it.
+
+    Args:
+        bias: The source norm's.
+        gain: What the readers' matrices are multiplied by, [source length] or one number.
+        sides: The dense map of the stream.
+    """
+    read = sides[1] * (gain if isinstance(gain, float) else gain.double().cpu().numpy())
+    return bias.double() - torch.from_numpy(read.T @ _seen_as(bias, read)).to(bias.device)
+
+
+def _seen_as(bias: Tensor, read: np.ndarray) -> np.ndarray:
+    """The readers see W diag(gain) R^T b'; of all b' the one for which that is W b, or nearest to it."""
+    return np.asarray(np.linalg.lstsq(read.T, bias.double().cpu().numpy(), rcond=1e-10)[0])
