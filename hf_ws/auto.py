@@ -108,8 +108,8 @@ class AutoSubclone:
                 "lowest_loss" with `calibration`.
             calibration: Token ids [sequences, tokens], texts, a `datasets` dataset, an iterable of model inputs, or
                 the `Evidence` that `calibrate` gave; methods that rank by activation, or turn the stream, look at it.
-            compensation: Names in `COMPENSATIONS`: what is done with that data against what the maps lose, in this
-                order; the method's own if None.
+            compensation: Names in `COMPENSATIONS`: what is done with that data against what the maps lose; the
+                method's own if None.
             seed: Of everything random: drawn indices and freshly initialised weights.
             dtype: Of the target's weights, as in Transformers (`torch.bfloat16`, `"bfloat16"`); the source's if None.
             device: Where the target goes, and where calibration runs; the CPU if None.

@@ -105,6 +105,25 @@ def test_an_unknown_compensation_is_named() -> None:
         AutoSubclone.plan(families.model("llama"), hidden=32, compensation=["rms", "rms"])
 
 
+def test_the_order_of_the_names_changes_nothing() -> None:
+    """Each would undo what is done before it if it were not done in one order."""
+    source, names = (
+        families.model("gpt2"),
+        ["output", "least_squares_drifted", "mean_bias", "rms", "least_squares"],
+    )
+    one, other = (shrunk(source, hidden=32, compensation=asked) for asked in (names, names[::-1]))
+    assert one.hf_ws_plan == other.hf_ws_plan
+    assert one.hf_ws_plan.compensated == (
+        "least_squares",
+        "rms",
+        "mean_bias",
+        "least_squares_drifted",
+        "output",
+    )
+    biased = [name for name, refit in one.hf_ws_plan.refits.items() if refit.rest is not None]
+    assert biased == list(one.hf_ws_plan.refits)
+
+
 def test_without_data_there_is_nothing_to_fit() -> None:
     with pytest.raises(CalibrationError, match="least_squares is settled by what the model does on data"):
         AutoSubclone.from_pretrained(families.model("llama"), ffn=64, compensation=["least_squares"])

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from hf_ws import AutoSubclone, Plan
 from hf_ws.axes import HIDDEN
@@ -179,9 +191,80 @@ def test_the_first_writer_is_the_least_squares_solution(family: str) -> None:
         torch.testing.assert_close(after.bias - before.bias, change[-1], rtol=1e-6, atol=1e-9)
 
 
+def test_what_the_class_multiplies_is_divided_out() -> None:
+    """Granite multiplies what a block adds: as good as one that has the number in its matrices."""
+    sizes = {
+        "vocab_size": families.VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    one, other = (
+        GraniteForCausalLM(GraniteConfig(**sizes, residual_multiplier=by)).eval().double()
+        for by in (0.25, 1.0)
+    )
+    other.load_state_dict(one.state_dict())
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.25)
+            layer.mlp.down_proj.weight.mul_(0.25)
+    made = [start(model, "least_squares_drifted", hidden=32, dtype="float64") for model in (one, other)]
+    assert len(made[0].hf_ws_plan.values) == 2 * 3
+    torch.testing.assert_close(*(families.logits(model) for model in made), rtol=1e-6, atol=1e-8)
+
+
+SEQ2SEQ = {
+    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4,
+    "decoder_start_token_id": 0, "num_experts": 4,
+}  # fmt: skip
+WORDS = torch.arange(24).view(2, 12)
+PICTURES = {"pixel_values": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+IN_ANOTHER_ORDER = {
+    "experts": (
+        lambda: SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**SEQ2SEQ)),
+        {"input_ids": WORDS, "decoder_input_ids": WORDS},
+        16,
+        ".experts.",
+    ),
+    "windows": (
+        lambda: SwinForImageClassification(
+            SwinConfig(image_size=32, patch_size=2, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4)
+        ),
+        PICTURES,
+        12,
+        "layers.0.blocks.0.attention.o_proj",
+    ),
+    "one token": (
+        lambda: CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=48, image_size=32,
+                patch_size=8,
+            )
+        ),
+        PICTURES,
+        16,
+        "layers.1.mlp.fc2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_ANOTHER_ORDER)
+def test_what_comes_to_the_norm_in_another_order_is_left_alone(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build, batch, hidden, left = IN_ANOTHER_ORDER[name]
+    torch.manual_seed(0)
+    source = build().eval()
+    with caplog.at_level(logging.WARNING, "hf_ws"):
+        values = start(source, "least_squares_drifted", data=[batch], hidden=hidden).hf_ws_plan.values
+    assert values
+    assert not [key for key in values if left in key]
+    warned = next(line for line in caplog.messages if "least_squares_drifted leaves" in line)
+    assert left in warned
+
+
 def test_a_saved_plan_gives_the_same_bytes(tmp_path: Path) -> None:
     source = families.model("gpt2")
-    done = ("rms", "least_squares_hidden", "least_squares_drifted", "output")
+    done = ("least_squares_hidden", "rms", "least_squares_drifted", "output")
     first = start(source, *done, **NARROW["gpt2"])
     assert first.hf_ws_plan.compensated == done
     first.hf_ws_plan.save(tmp_path / "plan.json")

@@ -22,6 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -219,7 +221,9 @@ def test_a_norm_of_fewer_channels_gives_what_it_gave(centred: bool) -> None:
     stream = torch.randn(5, 32).double() @ kept
     if centred:
         stream = stream - stream.mean(1, keepdim=True)
-    stream = stream / stream.norm(dim=1, keepdim=True)  # 1/64 is the mean square of all 64, 1/32 of the 32 kept
+    stream = stream / stream.norm(
+        dim=1, keepdim=True
+    )  # 1/64 is the mean square of all 64, 1/32 of the 32 kept
     norm = torch.nn.functional.layer_norm if centred else torch.nn.functional.rms_norm
     for eps in (0.0, 1e-3):
         wanted = norm(stream, (64,), eps=eps) @ kept.T
@@ -368,6 +372,22 @@ def test_a_head_that_cannot_be_untied_is_said_and_stays(
     target.save_pretrained(tmp_path)
     again = type(target).from_pretrained(tmp_path)
     torch.testing.assert_close(again(**data[0]).logits, target(**data[0]).logits)
+
+
+def test_channels_in_groups_are_said_to_stay(caplog: pytest.LogCaptureFixture) -> None:
+    """The positions of Wav2Vec2 are a convolution in groups of channels."""
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=30,
+        conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "hf_ws"):
+        AutoSubclone.plan(Wav2Vec2ForCTC(config), hidden=16, method="rotation")
+    assert (
+        "hidden cannot be turned, a part of it works on groups of channels; its channels are sel"
+        in caplog.text
+    )
 
 
 def test_a_class_without_a_head_is_turned_whatever_its_config_says() -> None:

@@ -92,8 +92,8 @@ class Flags:
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="What is done, with that text, against what is lost, in this order: least_squares, "
-            "least_squares_drifted, least_squares_hidden, mean_bias, output, rms; may be repeated.",
+            help="What is done, with that text, against what is lost: least_squares, least_squares_hidden, rms, "
+            "mean_bias, least_squares_drifted, output; may be repeated.",
         ),
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0

@@ -1,9 +1,9 @@
 """Compensation: what is done, once the maps are known, against what they lose.
 
 A compensation takes a plan whose maps are settled, the opened source, its certificate and the evidence, and returns
-the plan with refits, gains or values. They are done in the order in which they are named. One carries `wants`, the
-statistics that it looks at. One that has to run the start as it is so far carries `runs = True`, and takes a fifth
-argument, a `Running`.
+the plan with refits, gains or values. They are done in the order of `COMPENSATIONS`, in whichever they are named: each
+looks at what those before it made. One carries `wants`, the statistics that it looks at. One that has to run the start
+as it is so far carries `runs = True`, and takes a fifth argument, a `Running`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Compensation = Callable[..., Plan]
 
 COMPENSATIONS: dict[str, Compensation] = {
     "least_squares": least_squares,
-    "least_squares_drifted": least_squares_drifted,
     "least_squares_hidden": least_squares_hidden,
-    "mean_bias": mean_bias,
-    "output": output,
     "rms": rms,
+    "mean_bias": mean_bias,  # what the fits leave
+    "least_squares_drifted": least_squares_drifted,  # runs the start, and its matrices are settled then
+    "output": output,  # runs it too, to the end
 }
 
 __all__ = ["COMPENSATIONS", "Compensation", "Running", "chosen", "wants_of", *COMPENSATIONS]
@@ -40,7 +40,7 @@ def wants_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def chosen(asked: Sequence[str] | None, method: Callable[..., Plan]) -> tuple[str, ...]:
-    """What is to be done against what the maps lose: what is asked, or the method's own.
+    """What is to be done against what the maps lose, in the order it is done in: what is asked, or the method's own.
 
     Raises:
         PlanError: a name that is not in `COMPENSATIONS`, or that comes twice.
@@ -52,4 +52,4 @@ def chosen(asked: Sequence[str] | None, method: Callable[..., Plan]) -> tuple[st
             raise unknown("compensation", name, COMPENSATIONS)
     if len({*asked}) < len(asked):
         raise PlanError(f"compensation {list(asked)} names one twice; each is done once")
-    return tuple(asked)
+    return tuple(name for name in COMPENSATIONS if name in asked)

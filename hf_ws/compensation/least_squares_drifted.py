@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_ws.axes import HIDDEN, kind_of, parse
-from hf_ws.compensation.running import Running, called
+from hf_ws.compensation.running import Running, called, seen
 from hf_ws.evidence import Evidence
 from hf_ws.evidence.sites import inputs
 from hf_ws.layouts import Certificate
@@ -22,6 +24,11 @@ from hf_ws.maps import Dense, Gather, Given
 from hf_ws.plan import Plan
 from hf_ws.scores.elimination import RIDGE
 from hf_ws.store import Source
+from hf_ws.store.shards import some
+
+logger = logging.getLogger("hf_ws")
+EVEN = 1e-2
+"""What of a disturbance may come to the norm as something else, rounding included, as a part of it."""
 
 
 def least_squares_drifted(
@@ -32,8 +39,9 @@ def least_squares_drifted(
     The start as it is so far is run on the calibration data. Where a matrix W reads b, and the norm that comes next
     sees s, while the source's norm that this one is made of sees x, W is changed by the D for which D b is nearest to
     M x - s, M the map of the stream; with a small penalty on D. So a layer makes up for what all before it lost, the
-    layers that were dropped included. Matrices whose output the class multiplies before it adds it (LayerScale,
-    Granite) are changed by too little or too much.
+    layers that were dropped included. What the class multiplies a matrix's output by before it adds it (LayerScale,
+    Granite) is seen by trying it, and divided out. Matrices whose output comes to the norm in another order (Swin's
+    windows), or as a part of it (experts), stay as they are, and a warning says so.
 
     Each matrix takes a pass of both models up to where it is. It is an option and no method's default, for it does
     nothing that training does not do at once. On the demo's source, rotated to three quarters of its width, it takes
@@ -45,16 +53,28 @@ def least_squares_drifted(
     """
     student, values = running.start(plan), dict(plan.values)
     found = list(_writers(plan, certificate, student, running))
+    passed = []
     for writer in tqdm(found, desc="fitting", unit="matrix", delay=2):
         module = student.get_submodule(writer.module)
         bias = getattr(module, "bias", None)
+        by = _scale(running, student, writer)
+        if by is None:
+            passed.append(writer.module)
+            continue
         change, shift = _change(running, student, writer, bias is not None)
+        change, shift = change / by[:, None], shift / by
         weight = module.get_parameter("weight").data
         weight += (change.T if isinstance(module, Conv1D) else change).to(weight)
         values[f"{writer.module}.weight"] = Given(weight.cpu().numpy().copy())
         if bias is not None:
             bias.data += shift.to(bias)
             values[f"{writer.module}.bias"] = Given(bias.detach().cpu().numpy().copy())
+    if passed:
+        logger.warning(
+            "%s: least_squares_drifted leaves %s as they are, for what they write does not come to a norm as it is",
+            plan.model_class,
+            some(passed, 3),
+        )
     return replace(plan, values=values)
 
 
@@ -120,18 +140,43 @@ def _onto(plan: Plan, axis: str, module: str) -> Tensor:
     return nn.functional.one_hot(torch.from_numpy(index), plan.source_sizes[axis]).double()
 
 
+def _scale(running: Running, student: PreTrainedModel, writer: _Writer) -> Tensor | None:
+    """What the class multiplies a matrix's output by, channel by channel, on its way to the norm; None if it does
+    something else, or not to every token in its place."""
+    generator = torch.Generator().manual_seed(0)
+    given: list[Tensor] = []
+
+    def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        noise = torch.randn(output.shape, generator=generator)
+        given.append(noise.to(output) * output.detach().abs().mean().clamp(min=1e-6))
+        return output + given[0]
+
+    before = seen(student, running.batch(student), {writer.norm}).get(writer.norm)
+    hook = student.get_submodule(writer.module).register_forward_hook(disturb)
+    try:
+        after = seen(student, running.batch(student), {writer.norm}).get(writer.norm)
+    finally:
+        hook.remove()
+    if before is None or after is None or len(given) != 1 or given[0].shape != after.shape:
+        return None
+    noise, moved = (t.double().flatten(0, -2).cpu() for t in (given[0], after.double() - before.double()))
+    by = (noise * moved).sum(0) / (noise * noise).sum(0)
+    rest = (moved - by * noise).norm() / moved.norm().clamp(min=1e-30)
+    return by if float(rest) < EVEN and float(by.abs().min()) > 0 else None
+
+
 def _change(
     running: Running, student: PreTrainedModel, writer: _Writer, shifts: bool
 ) -> tuple[Tensor, Tensor]:
     """What to add to a matrix [channels, inputs], and to its bias [channels]: zero if it has none."""
     inner, cross = torch.zeros(()), torch.zeros(())
     own = running.inputs(student, (writer.module, writer.norm))
-    for seen, wanted in zip(own, running.inputs(running.observed.model, (writer.theirs,)), strict=True):
-        read = seen[writer.module]
+    for given, wanted in zip(own, running.inputs(running.observed.model, (writer.theirs,)), strict=True):
+        read = given[writer.module]
         if shifts:
             read = torch.cat([read, read.new_ones(len(read), 1)], 1)
         inner = inner + read.T @ read
-        cross = cross + (wanted[writer.theirs] @ writer.onto.T - seen[writer.norm]).T @ read
+        cross = cross + (wanted[writer.theirs] @ writer.onto.T - given[writer.norm]).T @ read
     width = len(inner) - shifts
     penalty = RIDGE * inner.diagonal()[:width].mean().clamp(min=1e-30) * torch.ones(len(inner)).double()
     penalty[width:] = 0

@@ -42,8 +42,6 @@ def output(
     that on the tokens that it looks at. Least squares of the logits has a closed form, and is not what it is good for:
     it makes unsure starts say next to nothing, and takes the demo's rotated start from a loss of 3.35 to 3.47.
 
-    What is done after it sees another stream: name it last.
-
     Raises:
         CalibrationError: the head reads no norm, or not the source's words, or there is no data to run.
     """

@@ -39,7 +39,9 @@ def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence
         norm = norms[own.pattern]
         part, whole = _mean_squares(evidence.moments[own.source].second.double(), kept, norm.centred)
         if part > 0:
-            gains[own.name] = level(part, whole, norm.eps) * plan.gains.get(own.name, plan.gains.get(own.pattern, 1.0))
+            gains[own.name] = level(part, whole, norm.eps) * plan.gains.get(
+                own.name, plan.gains.get(own.pattern, 1.0)
+            )
             offsets |= {own.pattern: norm.offset} if norm.offset else {}
     return replace(plan, gains=gains, offsets=offsets)
 

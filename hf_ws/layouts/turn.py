@@ -207,7 +207,10 @@ def _followed(
 
     def keep(owner: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            written[output.untyped_storage().data_ptr()] = (owner, output)  # kept, so that its place is not given to another
+            written[output.untyped_storage().data_ptr()] = (
+                owner,
+                output,
+            )  # kept, so that its place is not given to another
 
         return hook
 

@@ -50,12 +50,14 @@ def rotation(
     request.check_heads(but=taken)
     turned: list[Turning] = []
     free = untie or not request.tied
-    for axis in (
-        axis for axis in request.axes if kind_of(axis) == HIDDEN and axis in request.certificate.axes and free
-    ):
+    for axis in (axis for axis in request.certificate.axes if kind_of(axis) == HIDDEN and free):
         if request.before[axis] == request.after[axis]:
             continue
         try:
+            if axis not in request.axes:
+                raise UnsupportedArchitectureError(
+                    f"{request.model_class.__name__}: {axis} cannot be turned, a part of it works on groups of channels"
+                )
             turned.append(turning(request.model_class, request.source_config, request.certificate, axis))
         except UnsupportedArchitectureError as error:
             logger.warning("%s; its channels are selected by importance instead", error)
