@@ -57,8 +57,8 @@ def result(unit: Unit, losses: list[float], **changes: Any) -> dict[str, Any]:
 
 
 def test_rates_are_chosen_before_runs_and_the_grid_goes_on_at_its_edge(tmp_path, monkeypatch) -> None:
-    bench = bench_of(tmp_path, ["random"], monkeypatch)
-    monkeypatch.setattr(units, "STAGES", (Stage("main", SHORT, (0, 1), True),))
+    bench = bench_of(tmp_path, ["subclone, no gains"], monkeypatch)
+    monkeypatch.setattr(units, "STAGES", (Stage("ablations", SHORT, (0, 1), False),))
     best, tried = 1.6e-2, []
     while todo := list(units.left(bench)):
         unit = todo[0]
@@ -73,11 +73,42 @@ def test_rates_are_chosen_before_runs_and_the_grid_goes_on_at_its_edge(tmp_path,
     assert len(bench.results.all("demo", "f")) == len(tried) + 2
 
 
-def test_a_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch) -> None:
+def test_whole_runs_choose_the_rate_of_a_main_start_anew(tmp_path, monkeypatch) -> None:
+    """The search finds 2e-3, a whole run is better with more."""
     bench = bench_of(tmp_path, ["random"], monkeypatch)
-    for unit, loss in zip(bench.tried("random"), (3.0, 2.0, 1.0), strict=True):
+    stages = (
+        Stage("a", SHORT, (0,), True),
+        Stage("b", SHORT, (0,), True, beside=True),
+        Stage("c", SHORT, (1,), True),
+    )
+    monkeypatch.setattr(units, "STAGES", stages)
+    ran = []
+    while todo := [unit for unit in units.left(bench) if unit.rate]:
+        ran.append((todo[0].steps, todo[0].seed, todo[0].rate))
+        best = 2e-3 if todo[0].steps == SEARCH else 8e-3
+        loss = abs(torch.log2(torch.tensor(todo[0].rate / best))).item()
+        bench.results.add(todo[0], result(todo[0], [5.0, loss]))
+    assert [one[1:] for one in ran if one[0] == SHORT] == [
+        (0, 2e-3),
+        (0, 1e-3),
+        (0, 4e-3),
+        (0, 8e-3),
+        (0, 1.6e-2),
+        (1, 8e-3),
+    ]
+    report = Report({"name": "demo"}, bench.results.all("demo", "f"))
+    assert {seed: one["unit"]["rate"] for seed, one in report.runs("random", SHORT).items()} == {
+        0: 8e-3,
+        1: 8e-3,
+    }
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch) -> None:
+    arm = "subclone, no gains"
+    bench = bench_of(tmp_path, [arm], monkeypatch)
+    for unit, loss in zip(bench.tried(arm), (3.0, 2.0, 1.0), strict=True):
         bench.results.add(unit, result(unit, [5.0, loss], diverged=loss == 1.0))
-    assert bench.best_rate("random") == 2e-3
+    assert bench.best_rate(arm) == 2e-3
 
 
 def test_the_most_informative_units_come_first(tmp_path, monkeypatch) -> None:

@@ -27,10 +27,17 @@ class Report:
         self.told = told
         self.units = sorted(units, key=lambda one: json.dumps(one["unit"], sort_keys=True))
         self._runs: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
+        rates: dict[tuple[str, str, int], float | None] = {}  # the best with the first seed
+        for one in sorted(self.units, key=_end):
+            unit = one["unit"]
+            run = unit["target"], unit["arm"], unit["steps"]
+            if unit["steps"] != SEARCH and unit["seed"] == 0:
+                rates.setdefault(run, unit["rate"])
         for one in self.units:
             unit = one["unit"]
-            if unit["steps"] != SEARCH:
-                self._runs[unit["target"], unit["arm"], unit["steps"]][unit["seed"]] = one
+            run = unit["target"], unit["arm"], unit["steps"]
+            if unit["steps"] != SEARCH and unit["rate"] == rates.get(run, unit["rate"]):
+                self._runs[run][unit["seed"]] = one
 
     @classmethod
     def read(cls, file: Path) -> Report:
@@ -104,6 +111,11 @@ class Report:
             return math.nan if loss is None else tokens_to(one["curve"], loss)
 
         return [n for n in self.per_seed(arm, steps, target, needed) if n is None or not math.isnan(n)]
+
+
+def _end(one: dict[str, Any]) -> float:
+    """Held-out loss after training."""
+    return math.inf if one["diverged"] else float(one["curve"][-1][1])
 
 
 def loss_at(one: dict[str, Any], tokens: int) -> float | None:

@@ -13,7 +13,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -74,12 +74,14 @@ class Stage:
     seeds: tuple[int, ...]
     main: bool | None  # the arms of the main table, the others, or all
     elsewhere: bool = False  # on all targets but the one that rates are chosen on
+    beside: bool = False  # with the rates beside the chosen one too, to choose anew on whole runs
     only: str | None = None  # of this source
 
 
 STAGES = (
     Stage("every start, not trained", 0, (0,), None),
     Stage("main arms, seed 0", SHORT, (0,), True),
+    Stage("main arms, seed 0, the rates beside", SHORT, (0,), True, beside=True),
     Stage("main arms, seeds 1 and 2", SHORT, (1, 2), True),
     Stage("main arms, half as long", HALF, (0, 1, 2), True),
     Stage("ablations, seed 0", SHORT, (0,), False),
@@ -167,15 +169,29 @@ class Bench:
             return
         if self.refusal(arm, CHOOSING):
             return
-        tried = self.tried(arm)
-        yield from tried
-        yield Unit(name, target, arm, stage.steps, seed, self.best_rate(arm))
+        yield from self.tried(arm)
+        if stage.beside:
+            yield from self.whole(arm)
+            return
+        first = stage.steps == SHORT and seed == 0 and target == CHOOSING
+        rate = self._best(self.tried(arm)) if first else self.best_rate(arm)
+        yield Unit(name, target, arm, stage.steps, seed, rate)
 
     def tried(self, arm: str) -> list[Unit]:
-        """The runs that choose an arm's learning rate: the grid, and beyond while its best is at an edge."""
-        rates = list(RATES)
+        """The runs that a learning rate is searched by: the grid, and beyond while its best is at an edge."""
+        return self._around(arm, SEARCH, RATES)
+
+    def whole(self, arm: str) -> list[Unit]:
+        """The whole runs that a main arm's rate is chosen on, the one that the search chose and those beside it: in a
+        long run a larger rate wins than in a short one, and the more so the better the start."""
+        searched = self._best(self.tried(arm))
+        return [] if searched is None else self._around(arm, SHORT, (searched,))
+
+    def _around(self, arm: str, steps: int, rates: Sequence[float]) -> list[Unit]:
+        """Runs with these rates, and beyond while the best is at an edge."""
+        rates = list(rates)
         while True:
-            units = [Unit(self.source.name, CHOOSING, arm, SEARCH, 0, rate) for rate in rates]
+            units = [Unit(self.source.name, CHOOSING, arm, steps, 0, rate) for rate in rates]
             found = [self._end(unit) for unit in units]
             if None in found:
                 return units
@@ -189,9 +205,12 @@ class Bench:
 
     def best_rate(self, arm: str) -> float | None:
         """The learning rate of an arm; None while it is not chosen."""
-        units = self.tried(arm)
+        return self._best(self.whole(arm) if ARMS[arm].group == MAIN else self.tried(arm))
+
+    def _best(self, units: list[Unit]) -> float | None:
+        """The rate of the run that ends lowest; None where one is not done, or there is none."""
         found = {unit.rate: self._end(unit) for unit in units}
-        return None if None in found.values() else min(found, key=found.__getitem__)  # type: ignore[arg-type]
+        return None if None in found.values() or not found else min(found, key=found.__getitem__)  # type: ignore[arg-type]
 
     def _end(self, unit: Unit) -> float | None:
         result = self.results.of(unit, self.source.fingerprint)
