@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ws.evidence import Observation, device_of, placed
+from hf_ws.evidence.masks import Masks, encoder_of, masks_of
 from hf_ws.layouts.norms import is_norm
 from hf_ws.plan import Plan
 
@@ -44,7 +45,7 @@ class Running:
         """
         for batch in self.observed.batches:
             moved = placed(model, batch)
-            yield _rows(seen(model, moved, names), moved.get("attention_mask"))
+            yield _rows(model, seen(model, moved, names), masks_of(model, moved))
 
 
 class _SeenError(Exception):
@@ -136,11 +137,11 @@ def plainly_gives(model: PreTrainedModel, head: str, batch: Mapping[str, Tensor]
     return bool(given) and given[-1].shape == logits.shape and torch.equal(given[-1].float(), logits.float())
 
 
-def _rows(found: Mapping[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
-    rows = {}
+def _rows(model: PreTrainedModel, found: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    encoder, rows = encoder_of(model), {}
+    of_encoder = {name for name, module in model.named_modules() if module is encoder}
     for name, values in found.items():
         flat = values.reshape(-1, values.shape[-1])
-        if mask is not None and mask.numel() == len(flat):
-            flat = flat[mask.reshape(-1).bool()]
-        rows[name] = flat.double().cpu()
+        kept = masks.among(len(flat), any(name.startswith(f"{prefix}.") for prefix in of_encoder))
+        rows[name] = (flat if kept is None else flat[kept]).double().cpu()
     return rows

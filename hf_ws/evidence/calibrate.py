@@ -43,7 +43,7 @@ def calibrate(
         model: Run as it is, in evaluation mode; left as it was, gradients included.
         data: Token ids [sequences, tokens]; or a list of texts, or a `datasets` dataset with a `text` or an
             `input_ids` column; or any iterable of the model's keyword inputs. Padding is left out where an
-            `attention_mask` says so.
+            `attention_mask` says so; of a decoder with an encoder, its `decoder_attention_mask`, or labels of -100.
         tokenizer: Needed for texts.
         certificate: The model's layouts, if they are at hand.
         wants: Which of `STATISTICS`; `mean_abs` is always there. `similarity` is what the default layer policy looks
@@ -55,7 +55,8 @@ def calibrate(
 
     Raises:
         CalibrationError: there is no data, texts came without a tokenizer, an unknown statistic is wanted,
-            `taylor` of a model that gives no loss, or the cache is of another model, data, code or `wants`.
+            `taylor` of a model that gives no loss, numbers that are not finite, or the cache is of another model, data,
+            code or `wants`.
         OutputError: the cache cannot be written.
     """
     wants = _checked(wants)
@@ -115,7 +116,7 @@ def _collect(
 def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], collector: Collector) -> None:
     """One batch, forwards and, for Taylor terms, backwards."""
     moved = placed(model, inputs)
-    collector.mask = moved.get("attention_mask")
+    collector.begin_batch(moved)
     taylor = "taylor" in collector.wants
     if taylor:
         moved = with_labels(model, moved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_ws.evidence import sites
 from hf_ws.evidence.fused import See, watched
+from hf_ws.evidence.masks import Masks, encoder_of, masks_of
 from hf_ws.evidence.sites import Site
 from hf_ws.evidence.sums import Sums, add_square, zeros
 from hf_ws.layouts import Certificate
@@ -28,8 +29,6 @@ class Collector:
     def __init__(
         self, model: PreTrainedModel, certificate: Certificate, wants: tuple[str, ...], sums: Sums
     ) -> None:
-        self.mask: Tensor | None = None
-        """The attention mask of the batch that runs."""
         self.only_last = False
         """Whether the head is to see the last token alone: its input is counted, its logits are not looked at."""
         self.leaves: list[Tensor] = []
@@ -38,6 +37,8 @@ class Collector:
         self.sees_head = certificate.head in sites.inputs(model, certificate).values()
         """Whether what the head reads has moments."""
         self._sizes = sizes_of(model.config)
+        self._masks = Masks(None, None)
+        self._encodes, self._encoded = False, None  # whether the encoder runs, and what it gave
         self._hooks: list[Any] = []
         self._fused = ExitStack()
         self._recent: list[tuple[Tensor, str]] = []
@@ -47,6 +48,9 @@ class Collector:
 
     def __enter__(self) -> None:
         modules = dict(self._model.named_modules())
+        if (encoder := encoder_of(self._model)) is not None:
+            self._hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))
+            self._hooks.append(encoder.register_forward_hook(self._end_encoding))
         for name, own in sites.readers(self._model, self._certificate).items():
             self._before(modules[name], self._reader(own))
         fused = sites.fused(self._model, self._certificate)
@@ -73,6 +77,10 @@ class Collector:
         self._fused.close()
         self.end_batch()
 
+    def begin_batch(self, inputs: Mapping[str, Tensor]) -> None:
+        """Know which tokens of the batch are padding."""
+        self._masks = masks_of(self._model, inputs)
+
     def end_batch(self) -> None:
         """Let go of the batch's tensors, the angles between the boundaries taken."""
         for layer, route in self._routes.items():
@@ -82,6 +90,13 @@ class Collector:
         for counts, streams in self._boundaries.items():
             self._angles(counts, streams)
         self._recent, self._boundaries, self.leaves = [], {}, []
+        self._encodes, self._encoded = False, None
+
+    def _begin_encoding(self, *_: object) -> None:
+        self._encodes = True
+
+    def _end_encoding(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._encodes, self._encoded = False, output[0]
 
     def _before(self, module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> None:
         """See the first input of a module; what `see` returns takes its place."""
@@ -98,16 +113,15 @@ class Collector:
 
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _kept(self, count: int) -> Tensor | None:
-        """Which of so many tokens are no padding; None where all are, or the mask is not theirs."""
-        if self.mask is None or self.mask.numel() != count:
-            return None
-        return self.mask.reshape(-1).bool()
+    def _kept(self, count: int, values: Tensor | None = None) -> Tensor | None:
+        """Which of so many tokens are no padding; None where all are, or no mask is theirs."""
+        read_across = values is not None and values is self._encoded
+        return self._masks.among(count, self._encodes or read_across)
 
     def _rows(self, values: Tensor) -> Tensor:
         """[tokens, width], padding left out."""
         flat = values.detach().reshape(-1, values.shape[-1])
-        kept = self._kept(len(flat))
+        kept = self._kept(len(flat), values)
         return flat if kept is None else flat[kept.to(flat.device)]
 
     def _flat(self, values: Tensor) -> Tensor:
@@ -278,9 +292,8 @@ class Collector:
 
     def _add_routes(self, layer: int | str, axis: str, chosen: Tensor, weights: Tensor | None) -> None:
         """Tokens' experts [tokens, chosen], and their weights, likewise or of every expert; padding is left out."""
-        size, kept = self._sizes[axis], torch.ones(len(chosen), dtype=torch.bool)
-        if self.mask is not None and self.mask.numel() == len(chosen):
-            kept = self.mask.reshape(-1).cpu().bool()
+        size, among = self._sizes[axis], self._kept(len(chosen))
+        kept = torch.ones(len(chosen), dtype=torch.bool) if among is None else among.cpu()
         index = chosen.detach().cpu()[kept].long()
         weights = None if weights is None else weights.detach().cpu()[kept]
         routed, weighted = torch.zeros(

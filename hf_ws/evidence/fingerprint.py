@@ -14,7 +14,7 @@ from transformers import __version__ as transformers_version
 
 from hf_ws._version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Of the sums and of the saved form: counts as code."""
 
 

@@ -24,7 +24,7 @@ def finish(
     """The averages.
 
     Raises:
-        CalibrationError: no token was left by the attention masks, or no block ran.
+        CalibrationError: no token was left by the attention masks, no block ran, or something is not finite.
     """
     sites = [site for site in seen if f"count|{site.key}" in sums]
     if sites and not any(sums.number(f"count|{site.key}") for site in sites):
@@ -33,6 +33,12 @@ def finish(
         raise CalibrationError(
             "nothing that is watched ran on the calibration data: it is not what this model takes, or the class has no "
             "layers that are counted (ALBERT); then leave calibration out"
+        )
+    if not_finite := [key for key, total in sums.items() if not torch.isfinite(torch.as_tensor(total)).all()]:
+        name = not_finite[0].partition("|")[2].partition(":")[0]
+        raise CalibrationError(
+            f"the source gives numbers that are not finite on the calibration data, first seen at {name}: a weight is "
+            "not finite, or its type is too narrow for what it computes; check it, and load float16 in float32"
         )
     return Evidence(
         wants=wants,
