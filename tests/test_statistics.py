@@ -183,6 +183,20 @@ def test_half_of_a_symmetric_sum_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
     close(sums.mirrored(total), expected)
 
 
+@pytest.mark.parametrize("came_as", [None, torch.float32, torch.bfloat16])
+def test_squares_of_narrow_rows_are_as_exact(came_as: torch.dtype | None) -> None:
+    """By whichever units; and what the caller says of float32 products holds again."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    rows = (
+        torch.randn(300, 700, generator=torch.Generator().manual_seed(0)).to(came_as or torch.float32).float()
+    )
+    total = torch.zeros(700, 700)
+    sums.add_square(total, rows, came_as)
+    expected = rows.double().T @ rows.double()
+    assert float((sums.mirrored(total).double() - expected).abs().max() / expected.abs().max()) < 2e-6
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 def test_where_memory_is_scarce_moments_lie_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = families.model("llama")
     expected = calibrate(model, IDS, wants=("moments",)).moments

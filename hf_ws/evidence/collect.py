@@ -150,7 +150,7 @@ class Collector:
 
             self._add(site, values if leaf is None else leaf, rows)
             if "moments" in self.wants:
-                self._add_moments(parameter, _wide(rows(values)))
+                self._add_moments(parameter, rows(values))
                 self.sums.add(f"read|{parameter}|{parameter}", 1.0)
             return leaf
 
@@ -250,19 +250,20 @@ class Collector:
                 seen = values if width is None else _stream(values, width)
                 if seen is None:
                     return None
-                self._add_moments(by := parameter, self._flat(seen))
+                self._add_moments(by := parameter, self._rows(seen))
                 self._recent = [(values, parameter), *self._recent[: RECENT - 1]]
             self.sums.add(f"read|{parameter}|{by}", 1.0)
             return values[:, -1:] if head and self.only_last else None
 
         return see
 
-    def _add_moments(self, key: str, flat: Tensor) -> None:
+    def _add_moments(self, key: str, rows: Tensor) -> None:
+        flat = _wide(rows)
         self.sums.add(f"tokens|{key}", float(len(flat)))
         self.sums.add(f"first|{key}", flat.sum(0, dtype=torch.float64).cpu())
         if f"second|{key}" not in self.sums:
             self.sums[f"second|{key}"] = zeros(flat.shape[1], flat.dtype)
-        add_square(self.sums[f"second|{key}"], flat)
+        add_square(self.sums[f"second|{key}"], flat, rows.dtype)
 
     def _routed(self, axis: str, layer: int | str) -> Callable[..., None]:
         """Which experts the tokens go to: fused experts are told so, [tokens, chosen], and with which weights."""

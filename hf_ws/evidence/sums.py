@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -57,18 +60,42 @@ class Sums(dict[str, Tensor]):
                     self.add(key, part)
 
 
-def add_square(sums: Tensor, rows: Tensor) -> None:
+def add_square(sums: Tensor, rows: Tensor, came_as: torch.dtype | None = None) -> None:
     """Add rows^T rows to `sums` [width, width], of which only what lies up to the diagonal is kept: `mirrored`.
 
     In place, a panel at a time: the product alone would be as large again, and half of it is the other half.
+
+    Args:
+        sums: Float32 or more.
+        rows: [tokens, width], of the same type.
+        came_as: The type that the rows had before they were made wide.
     """
-    for start in range(0, len(sums), PANEL):
-        stop = min(start + PANEL, len(sums))
-        panel, left = sums[start:stop, :stop], rows[:, start:stop].mT
-        if rows.device == sums.device:
-            panel.addmm_(left, rows[:, :stop])
-        else:
-            panel.add_((left @ rows[:, :stop]).to(sums))
+    with _narrow_products(rows, came_as):
+        for start in range(0, len(sums), PANEL):
+            stop = min(start + PANEL, len(sums))
+            panel, left = sums[start:stop, :stop], rows[:, start:stop].mT
+            if rows.device == sums.device:
+                panel.addmm_(left, rows[:, :stop])
+            else:
+                panel.add_((left @ rows[:, :stop]).to(sums))
+
+
+@contextmanager
+def _narrow_products(rows: Tensor, came_as: torch.dtype | None) -> Iterator[None]:
+    """Float32 products by the fast units for narrower numbers, where that is exact: of rows that were such numbers. The
+    units add up in float32 all the same."""
+    narrow = {"cpu": "bf16", "cuda": "tf32"}.get(rows.device.type)  # tf32 holds what float16 and bfloat16 do
+    if narrow is None or came_as not in (
+        (torch.bfloat16,) if narrow == "bf16" else (torch.bfloat16, torch.float16)
+    ):
+        yield
+        return
+    unit: Any = torch.backends.mkldnn.matmul if narrow == "bf16" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before, unit.fp32_precision = unit.fp32_precision, narrow
+    try:
+        yield
+    finally:
+        unit.fp32_precision = before
 
 
 def mirrored(sums: Tensor) -> Tensor:
