@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -172,10 +172,7 @@ class Collector:
         totals = {"abs": rows.new_zeros(rows.shape[1], dtype=torch.float64)}
         totals |= {"sum": totals["abs"].clone()} if {"mean", "variance"} & wants else {}
         totals |= {"square": totals["abs"].clone()} if {"rms", "variance"} & wants else {}
-        # Pieces that stay in the cache: a whole batch in float64 takes twenty times as long, and much memory.
-        size = len(rows) if rows.is_cuda else PIECE // rows.shape[1]
-        for piece in rows.split(max(size, 1)):
-            wide = piece.double()
+        for wide in _pieces(rows):
             if "sum" in totals:
                 totals["sum"] += wide.sum(0)
             if "square" in totals:
@@ -260,7 +257,7 @@ class Collector:
     def _add_moments(self, key: str, rows: Tensor) -> None:
         flat = _wide(rows)
         self.sums.add(f"tokens|{key}", float(len(flat)))
-        self.sums.add(f"first|{key}", flat.sum(0, dtype=torch.float64).cpu())
+        self.sums.add(f"first|{key}", torch.stack([wide.sum(0) for wide in _pieces(flat)]).sum(0).cpu())
         if f"second|{key}" not in self.sums:
             self.sums[f"second|{key}"] = zeros(flat.shape[1], flat.dtype)
         add_square(self.sums[f"second|{key}"], flat, rows.dtype)
@@ -309,6 +306,13 @@ class Collector:
         self.sums.add(f"routed|{layer}", routed[:size].clone())
         self.sums.add(f"weighted|{layer}", weighted[:size].clone())
         self.sums.add(f"sent|{layer}", float(len(index)))
+
+
+def _pieces(rows: Tensor) -> Iterator[Tensor]:
+    """The rows [tokens, width] in float64, as many at a time as stay in the cache: a whole batch takes twenty times as
+    long, and much memory."""
+    size = len(rows) if rows.is_cuda else PIECE // rows.shape[1]
+    return (piece.double() for piece in rows.split(max(size, 1)))
 
 
 def _wide(rows: Tensor) -> Tensor:

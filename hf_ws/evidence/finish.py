@@ -34,8 +34,11 @@ def finish(
             "nothing that is watched ran on the calibration data: it is not what this model takes, or the class has no "
             "layers that are counted (ALBERT); then leave calibration out"
         )
-    if not_finite := [key for key, total in sums.items() if not torch.isfinite(torch.as_tensor(total)).all()]:
-        name = not_finite[0].partition("|")[2].partition(":")[0]
+    for key, total in sums.items():
+        # What is not finite in a square of moments is not on its diagonal either, and that is read at once.
+        if torch.isfinite(total.diagonal() if total.ndim == 2 else total).all():
+            continue
+        name = key.partition("|")[2].partition(":")[0]
         raise CalibrationError(
             f"the source gives numbers that are not finite on the calibration data, first seen at {name}: a weight is "
             "not finite, or its type is too narrow for what it computes; check it, and load float16 in float32"
