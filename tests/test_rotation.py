@@ -74,6 +74,16 @@ def test_at_full_size_the_function_stays(family: str) -> None:
     assert not torch.equal(dict(target.named_parameters())[name], source.state_dict()[name])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", TURNED)
+def test_at_full_size_in_single_precision(family: str) -> None:
+    source = families.model(family)
+    target = AutoSubclone.from_pretrained(source, method=whole, calibration=IDS)
+    wanted, found = (model(IDS, use_cache=False).logits for model in (source, target))
+    assert wanted.dtype == found.dtype == torch.float32
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
+
+
 VISION = {
     "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96, "image_size": 32,
     "patch_size": 8, "num_labels": 5,
