@@ -195,10 +195,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Fold:
-    """A norm whose gain moves into what reads its output; its own becomes one number for all channels."""
+    """A norm whose gain moves into what reads its output, or a LayerScale, whose gain moves into what writes what it
+    multiplies; its own becomes one number for all channels."""
 
     axis: str
-    """The stream that it norms."""
+    """The stream."""
     readers: tuple[str, ...]
     """The matrices, layer numbers written `*`."""
     bias: str = ""
@@ -207,6 +208,8 @@ class Fold:
     """What the class adds to the gain it keeps: one, or nothing."""
     eps: float = 0.0
     """What it adds to the mean square before it takes the root."""
+    writers: tuple[str, ...] = ()
+    """Of a LayerScale: the matrix, and its bias."""
 
 
 AxisMap = Gather | Rank | Turn | Dense | Merge | Blocks
@@ -231,7 +234,7 @@ def from_json(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
     for name in ("write", "read", "rest", "blocks", "value"):
         if isinstance(own.get(name), str):
             own[name] = arrays[own[name]]
-    own |= {name: tuple(own[name]) for name in ("index", "readers") if name in own}
+    own |= {name: tuple(own[name]) for name in ("index", "readers", "writers") if name in own}
     return kind(**own)
 
 

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -101,6 +105,9 @@ WORDS = torch.arange(24).view(2, 12) % 60 + 3
 ELSEWHERE = {
     "vit": lambda: (ViTForImageClassification(ViTConfig(**VISION)), "pixel_values"),
     "deit": lambda: (DeiTForImageClassification(DeiTConfig(**VISION)), "pixel_values"),
+    "beit": lambda: (BeitForImageClassification(BeitConfig(**VISION)), "pixel_values"),  # LayerScale
+    "data2vec": lambda: (
+        Data2VecVisionForImageClassification(Data2VecVisionConfig(**VISION)), "pixel_values"),
     "deit with teacher": lambda: (
         DeiTForImageClassificationWithTeacher(DeiTConfig(**VISION)), "pixel_values"),
     "pegasus": lambda: (PegasusForConditionalGeneration(PegasusConfig(**PEGASUS)), "decoder_input_ids"),

@@ -24,6 +24,7 @@ from hf_ws.layouts import run
 from hf_ws.layouts.bench import TOLERANCE
 from hf_ws.layouts.certify import Certificate, anchored
 from hf_ws.layouts.infer import tensors_of
+from hf_ws.layouts.layer_scale import layer_scales
 from hf_ws.layouts.miniature import inputs, miniatures
 from hf_ws.layouts.norms import centres, eps_of, is_norm, offset_of
 from hf_ws.layouts.outputs import distance
@@ -242,6 +243,8 @@ def _followed(
         for owner, module in norms.items()
         if generic(f"{owner}.weight", certificate.stacks)[0] in folds
     ]
+    scales = layer_scales(model, given, certificate, axis)
+    folds |= {gain: Fold(axis, (), writers=writers) for gain, writers in scales.items()}
     return Turning(axis, folds, any(centres(module, size) for module in used), float("inf"))
 
 
@@ -270,7 +273,7 @@ def turned(
     Args:
         tensor: The source's.
         pattern: Its name, the layer's number written `*`.
-        folds: The norms of the stream.
+        folds: The norms of the stream, and its LayerScales.
         sides: The dense map of the stream.
         gain: Gives a norm's gain [source length] by its pattern, of the layer that the tensor is in; None for norms
             without one.
@@ -279,13 +282,15 @@ def turned(
     if pattern in folds:
         return tensor.new_full((len(sides[0]),), level(pattern) - folds[pattern].offset), sides
     for norm, fold in folds.items():
-        if pattern != fold.bias and pattern not in fold.readers:
+        if pattern not in (fold.bias, *fold.readers, *fold.writers):
             continue
         own = gain(norm)
-        read = sides[1] * (level(norm) if own is None else own.double().cpu().numpy() + fold.offset)
+        by = level(norm) if own is None else own.double().cpu().numpy() + fold.offset
+        if pattern in fold.writers:
+            return None, (sides[0] * by, sides[1])
         if pattern in fold.readers:
-            return None, (sides[0], read)
-        return torch.from_numpy(_seen_as(tensor, read)), sides
+            return None, (sides[0], sides[1] * by)
+        return torch.from_numpy(_seen_as(tensor, sides[1] * by)), sides
     return None, sides
 
 
