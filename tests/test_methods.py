@@ -551,12 +551,25 @@ def test_the_score_may_be_named(caplog: pytest.LogCaptureFixture) -> None:
         AutoSubclone.plan(source, hidden=32, method="subclone", method_args={"score": "tayler"})
 
 
-@pytest.mark.parametrize("calibration", [None, IDS], ids=["magnitude", "activation"])
-def test_scores_that_are_not_finite_are_refused(calibration: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        (None, CheckpointError, "cannot be ranked by .* the weights hold NaN or infinity"),
+        (
+            IDS,
+            CalibrationError,
+            r"not finite on the calibration data, first seen at model.layers.2.mlp.down_proj",
+        ),
+    ],
+    ids=["magnitude", "activation"],
+)
+def test_scores_that_are_not_finite_are_refused(
+    calibration: Tensor | None, error: type[Exception], message: str
+) -> None:
     source = families.model("llama")
     with torch.no_grad():
         source.model.layers[2].mlp.up_proj.weight[3, 5] = float("nan")
-    with pytest.raises(CheckpointError, match=r"cannot be ranked by .* the weights hold NaN or infinity"):
+    with pytest.raises(error, match=message):
         subclone(source, ffn=64, calibration=calibration)
 
 

@@ -35,7 +35,7 @@ def finish(
             "layers that are counted (ALBERT); then leave calibration out"
         )
     for key, total in sums.items():
-        # What is not finite in a square of moments is not on its diagonal either, and that is read at once.
+        # A square of moments is finite where its diagonal is, which is read at once.
         if torch.isfinite(total.diagonal() if total.ndim == 2 else total).all():
             continue
         name = key.partition("|")[2].partition(":")[0]
