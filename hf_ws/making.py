@@ -22,6 +22,7 @@ class Maker:
         self, plan: Plan, source: Source, certificate: Certificate, dtype: torch.dtype | None
     ) -> None:
         self._plan, self._source, self._stacks, self._dtype = plan, source, certificate.stacks, dtype
+        self._unseen: dict[tuple[str, int | str | None], Tensor] = {}
         norms = {*plan.folds, *(fold.bias for fold in plan.folds.values())}
         self._norms = {
             (own.pattern, own.layer): own.name
@@ -140,10 +141,13 @@ class Maker:
             return None if refit.rest is None else torch.from_numpy(refit.rest)
         for norm, fold in self._plan.folds.items():
             bias = self._of_norm(fold.bias, layer) if pattern in fold.readers else None
-            if bias is not None and reading.expression == fold.axis:
-                sides = self._plan.axis_map(fold.axis, layer, name)
+            sides = self._plan.axis_map(fold.axis, layer, name)
+            if bias is None or reading.expression != fold.axis or not isinstance(sides, Dense):
+                continue
+            key = norm, layer if "*" in norm else None
+            if key not in self._unseen:  # once for all that read it
                 gain = self._of_norm(norm, layer)
-                if isinstance(sides, Dense):
-                    own = self._level(norm, layer) if gain is None else gain.double() + fold.offset
-                    return unseen(bias, own, (sides.write, sides.read))
+                own = self._level(norm, layer) if gain is None else gain.double() + fold.offset
+                self._unseen[key] = unseen(bias, own, (sides.write, sides.read))
+            return self._unseen[key]
         return None
