@@ -17,9 +17,8 @@ Sources are trained here (`starting/sources.py`): `llama` (16 M, grouped key/val
 (LayerNorm, tied, learned positions) on Python's standard library, `llama-peps` on English, `llama-100m` on the Python
 sources installed where it runs, `llama-near` and `llama-far` as parents of `llama`'s students that are nearer to them
 in size, and further. All students of a source see the same batches under the same schedule, bf16, 4,096 tokens a step;
-the peak rate of each is the best of a grid on 100 steps, and the grid goes on while its best is at an edge; that of the
-main starts the best of whole runs with it and the rates beside it. Losses are
-over 128 held-out blocks, which choose the rate too; so a second held-out part is kept, measured with every run and
+the peak rate of each is the best of whole runs with a grid of rates, which goes on while its best is at an edge. Losses
+are over 128 held-out blocks, which choose the rate too; so a second held-out part is kept, measured with every run and
 shown by `--final` alone. A seed is another order of the batches and other calibration sequences (64 of 256 tokens, from
 the training text).
 """

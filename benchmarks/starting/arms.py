@@ -63,9 +63,9 @@ ARMS: dict[str, Arm] = {
     "random": Arm({"method": "random"}, group=MAIN),
     "weight_selection": _selected(group=MAIN),
     "subclone": _subclone(group=MAIN),
-    "rotation": _rotated(group=MAIN),
-    "rotation, lowest loss": _rotated("lowest_loss", MAIN),
     "rotation, explained": _rotated("lowest_loss", MAIN, "explained"),  # the default
+    "rotation": _rotated(),
+    "rotation, lowest loss": _rotated("lowest_loss"),
     "rotation, block influence": _rotated("block_influence"),
     "rotation, angular distance": _rotated("angular_distance"),
     "rotation, loss increase": _rotated("loss_increase"),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.starting.arms import ARMS, CLAIMS, MAIN
-from benchmarks.starting.units import CHOOSING, ENOUGH, HALF, LONG, PER_STEP, SEARCH, SHORT
+from benchmarks.starting.units import CHOOSING, ENOUGH, HALF, LONG, PER_STEP, SHORT
 from hf_ws.compare.report import tokens_to
 
 BASELINE, PUBLISHED = "random", "subclone"
-RUNS = (0, HALF, SHORT, LONG, ENOUGH)  # steps; those of the search for rates are left out
+RUNS = (0, HALF, SHORT, LONG, ENOUGH)  # steps
 SHOWN = (0, 50, 200, 1000)  # steps, and the end
 HALF_WAY = 200 * PER_STEP  # tokens: the subclone arm's loss there is what others are to reach
 
@@ -31,12 +31,12 @@ class Report:
         for one in sorted(self.units, key=_end):
             unit = one["unit"]
             run = unit["target"], unit["arm"], unit["steps"]
-            if unit["steps"] != SEARCH and unit["seed"] == 0:
+            if unit["seed"] == 0:
                 rates.setdefault(run, unit["rate"])
         for one in self.units:
             unit = one["unit"]
             run = unit["target"], unit["arm"], unit["steps"]
-            if unit["steps"] != SEARCH and unit["rate"] == rates.get(run, unit["rate"]):
+            if unit["rate"] == rates.get(run, unit["rate"]):
                 self._runs[run][unit["seed"]] = one
 
     @classmethod

@@ -45,7 +45,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAVED = DEVICE == "cpu"  # a GPU is through before a checkpoint is worth its time
 MEASURED = 128  # held-out blocks of each split that a loss is taken over
 PARTS = ("train", "validation", "final")
-PARENTS = ("random", "subclone", "rotation")  # what is started from parents nearer and further
+PARENTS = ("random", "subclone", "rotation, explained")  # what is started from parents nearer and further
 END = "<|endoftext|>"
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "source"
 
@@ -117,7 +117,7 @@ class Recipe:
     config: Any = None  # from keyword arguments to a config
     model_class: type[PreTrainedModel] | None = None
     tokens: int = 0
-    peak: float = 3e-3  # learning rate
+    peak: float = 1e-3  # learning rate
     batch: int = BATCH
     vocab: int | None = None  # VOCAB
     arms: tuple[str, ...] | None = None  # all
@@ -125,8 +125,7 @@ class Recipe:
 
 
 RECIPES = {
-    "llama": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 8_000_000, 1e-3),
-    "llama-3e-3": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
+    "llama": Recipe("stdlib", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 8_000_000),
     "gpt2": Recipe("stdlib", WIDE_GPT2, partial(GPT2Config, **GPT2), GPT2LMHeadModel, 12_000_000, 2e-3),
     "llama-peps": Recipe("peps", WIDE_LLAMA, partial(LlamaConfig, **LLAMA), LlamaForCausalLM, 12_000_000),
     "llama-near": Recipe(
@@ -134,7 +133,7 @@ RECIPES = {
         {"both-40": WIDE_LLAMA["both-40"]},
         partial(LlamaConfig, **NEAR_LLAMA),
         LlamaForCausalLM,
-        12_000_000,
+        8_000_000,
         arms=PARENTS,
     ),
     "llama-far": Recipe(
@@ -142,8 +141,7 @@ RECIPES = {
         {"both-40": WIDE_LLAMA["both-40"]},
         partial(LlamaConfig, **FAR_LLAMA),
         LlamaForCausalLM,
-        12_000_000,
-        2e-3,
+        8_000_000,
         arms=PARENTS,
     ),
     "llama-100m": Recipe(
@@ -152,7 +150,6 @@ RECIPES = {
         partial(LlamaConfig, **LLAMA_100M),
         LlamaForCausalLM,
         60_000_000,
-        1e-3,
         batch=128,
         vocab=16_384,
     ),

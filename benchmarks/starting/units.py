@@ -13,7 +13,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -35,7 +35,7 @@ PER_STEP = BLOCK * BATCH  # tokens
 CHOOSING = "both-40"  # the target that learning rates are chosen on
 RATES = (1e-3, 2e-3, 4e-3)  # and beyond, by factors of 2, while the best is at an edge
 LEAST, MOST = 1.25e-4, 3.2e-2
-SEARCH, HALF, SHORT, LONG = 100, 200, 400, 1500  # steps
+HALF, SHORT, LONG = 200, 400, 1500  # steps
 ENOUGH = 11_250  # steps: 20 tokens a parameter of the demo's student
 EVALUATED = (
     *(3, 6, 12, 25, 50, 75, 100, 150, 200, 250, 300, 350, 400, 500, 600, 800, 1000, 1250, 1500),
@@ -74,23 +74,21 @@ class Stage:
     seeds: tuple[int, ...]
     main: bool | None  # the arms of the main table, the others, or all
     elsewhere: bool = False  # on all targets but the one that rates are chosen on
-    beside: bool = False  # with the rates beside the chosen one too, to choose anew on whole runs
     only: str | None = None  # of this source
 
 
 STAGES = (
     Stage("every start, not trained", 0, (0,), None),
-    Stage("main arms, seed 0", SHORT, (0,), True),
-    Stage("main arms, seed 0, the rates beside", SHORT, (0,), True, beside=True),
+    Stage("main arms, seed 0, every rate", SHORT, (0,), True),
     Stage("main arms, seeds 1 and 2", SHORT, (1, 2), True),
-    Stage("main arms, half as long", HALF, (0, 1, 2), True),
-    Stage("ablations, seed 0", SHORT, (0,), False),
-    Stage("every start, not trained, other targets", 0, (0,), None, elsewhere=True),
-    Stage("main arms, longer, seed 0", LONG, (0,), True),
     Stage("main arms, 20 tokens a parameter, seed 0", ENOUGH, (0,), True, only="demo"),
+    Stage("main arms, longer, seed 0", LONG, (0,), True),
     Stage("main arms, other targets, seed 0", SHORT, (0,), True, elsewhere=True),
-    Stage("main arms, longer, seeds 1 and 2", LONG, (1, 2), True),
+    Stage("main arms, half as long", HALF, (0, 1, 2), True),
+    Stage("ablations, seed 0, every rate", SHORT, (0,), False),
     Stage("ablations, seeds 1 and 2", SHORT, (1, 2), False),
+    Stage("every start, not trained, other targets", 0, (0,), None, elsewhere=True),
+    Stage("main arms, longer, seeds 1 and 2", LONG, (1, 2), True),
     Stage("main arms, other targets, seeds 1 and 2", SHORT, (1, 2), True, elsewhere=True),
 )
 
@@ -170,28 +168,14 @@ class Bench:
         if self.refusal(arm, CHOOSING):
             return
         yield from self.tried(arm)
-        if stage.beside:
-            yield from self.whole(arm)
-            return
-        first = stage.steps == SHORT and seed == 0 and target == CHOOSING
-        rate = self._best(self.tried(arm)) if first else self.best_rate(arm)
-        yield Unit(name, target, arm, stage.steps, seed, rate)
+        if (stage.steps, seed, target) != (SHORT, 0, CHOOSING):  # that is one of those
+            yield Unit(name, target, arm, stage.steps, seed, self.best_rate(arm))
 
     def tried(self, arm: str) -> list[Unit]:
-        """The runs that a learning rate is searched by: the grid, and beyond while its best is at an edge."""
-        return self._around(arm, SEARCH, RATES)
-
-    def whole(self, arm: str) -> list[Unit]:
-        """The whole runs that a main arm's rate is chosen on, the one that the search chose and those beside it: in a
-        long run a larger rate wins than in a short one, and the more so the better the start."""
-        searched = self._best(self.tried(arm))
-        return [] if searched is None else self._around(arm, SHORT, (searched,))
-
-    def _around(self, arm: str, steps: int, rates: Sequence[float]) -> list[Unit]:
-        """Runs with these rates, and beyond while the best is at an edge."""
-        rates = list(rates)
+        """The whole runs that an arm's rate is chosen on: the grid, and beyond while its best is at an edge."""
+        rates = list(RATES)
         while True:
-            units = [Unit(self.source.name, CHOOSING, arm, steps, 0, rate) for rate in rates]
+            units = [Unit(self.source.name, CHOOSING, arm, SHORT, 0, rate) for rate in rates]
             found = [self._end(unit) for unit in units]
             if None in found:
                 return units
@@ -204,13 +188,9 @@ class Bench:
                 return units
 
     def best_rate(self, arm: str) -> float | None:
-        """The learning rate of an arm; None while it is not chosen."""
-        return self._best(self.whole(arm) if ARMS[arm].group == MAIN else self.tried(arm))
-
-    def _best(self, units: list[Unit]) -> float | None:
-        """The rate of the run that ends lowest; None where one is not done, or there is none."""
-        found = {unit.rate: self._end(unit) for unit in units}
-        return None if None in found.values() or not found else min(found, key=found.__getitem__)  # type: ignore[arg-type]
+        """The rate of the run that ends lowest; None while one is not done."""
+        found = {unit.rate: self._end(unit) for unit in self.tried(arm)}
+        return None if None in found.values() else min(found, key=found.__getitem__)  # type: ignore[arg-type]
 
     def _end(self, unit: Unit) -> float | None:
         result = self.results.of(unit, self.source.fingerprint)
@@ -274,7 +254,7 @@ class Bench:
     def _trained(self, unit: Unit, model: PreTrainedModel, scratch: Path) -> dict[str, Any]:
         """The curve, [tokens, held-out loss]; a run that was killed goes on from its last checkpoint."""
         assert unit.rate is not None
-        at = [step for step in EVALUATED if step <= unit.steps] if unit.steps != SEARCH else [SEARCH]
+        at = [step for step in EVALUATED if step <= unit.steps]
         config = TrainConfig(
             steps=unit.steps, batch_size=BATCH, learning_rate=unit.rate, precision="bf16", seed=unit.seed,
             warmup_steps=20, eval_every=0, eval_at=at, log_every=unit.steps, progress=False,
