@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModel,
+    BeitConfig,
+    BeitForImageClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
     GraniteConfig,
@@ -35,7 +37,9 @@ NARROW = {
     "llama": {"hidden": 32, "heads": 8, "kv_heads": 4, "layers": 2},
     "gpt2": {"hidden": 32, "heads": 4, "layers": 2},
 }
-NARROW |= dict.fromkeys(("gemma", "qwen3", "olmo2"), NARROW["llama"]) | {"gptj": NARROW["gpt2"]}
+NARROW |= dict.fromkeys(("gemma", "qwen3", "olmo2"), NARROW["llama"]) | dict.fromkeys(
+    ("gptj", "opt"), NARROW["gpt2"]
+)
 
 
 def start(source: PreTrainedModel, *compensation: str, data: Any = IDS, **options: Any) -> PreTrainedModel:
@@ -131,7 +135,7 @@ def test_evidence_is_not_enough(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["subclone", "rotation"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "opt"])
 def test_the_stream_comes_nearer_to_the_sources(family: str, method: str) -> None:
     source = families.model(family).double()
     options = {**NARROW[family], "method": method, "layer_policy": "first", "dtype": "float64"}
@@ -152,7 +156,11 @@ def _drift(source: PreTrainedModel, made: PreTrainedModel) -> float:
 
 
 def _enters_last(model: PreTrainedModel) -> Tensor:
-    norm = [module for name, module in model.named_modules() if name.endswith(("model.norm", "ln_f"))][-1]
+    norm = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(("model.norm", "ln_f", "decoder.final_layer_norm"))
+    ][-1]
     return _given(model, norm)
 
 
@@ -210,6 +218,32 @@ def test_what_the_class_multiplies_is_divided_out() -> None:
     made = [start(model, "least_squares_drifted", hidden=32, dtype="float64") for model in (one, other)]
     assert len(made[0].hf_ws_plan.values) == 2 * 3
     torch.testing.assert_close(*(families.logits(model) for model in made), rtol=1e-6, atol=1e-8)
+
+
+BEIT = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 48, "image_size": 32,
+    "patch_size": 8, "num_labels": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_channels_that_hardly_sound_are_let_alone(dtype: str) -> None:
+    torch.manual_seed(0)
+    source = BeitForImageClassification(BeitConfig(**BEIT, layer_scale_init_value=0.2)).eval()
+    with torch.no_grad():
+        for name, own in source.named_parameters():
+            if "lambda" in name:
+                own[:4] *= 1e-7
+    source.to(getattr(torch, dtype))
+    plain, made = (
+        start(source, *own, data=[PICTURES], hidden=24) for own in ((), ("least_squares_drifted",))
+    )
+    assert made.hf_ws_plan.values.keys() & {"beit.layers.0.mlp.fc2.weight", "beit.layers.1.mlp.fc2.weight"}
+    moved = {
+        name: float((own.detach() - plain.get_parameter(name).detach()).abs().max())
+        for name, own in made.named_parameters()
+    }
+    assert 0 < max(moved.values()) < 10
 
 
 SEQ2SEQ = {

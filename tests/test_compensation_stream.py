@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    IBertConfig,
+    IBertForMaskedLM,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from hf_ws import AutoSubclone
 from tests import families
@@ -94,6 +100,33 @@ def test_a_norm_is_as_loud_as_its_kept_channels_were(family: str) -> None:
         level = (_energy(kept, centred) / _energy(whole, centred)).sqrt()
         before, after = (model.get_submodule(name).weight + offset for model in (plain, made))
         torch.testing.assert_close(after, level * before, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_that_are_not_of_the_stream_are_left(caplog: pytest.LogCaptureFixture) -> None:
+    """One that takes pictures alone, a channel a group (Wav2Vec2), and of the stream, ones with scales (I-BERT)."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    convolved = {
+        "conv_dim": (16, 16),
+        "conv_stride": (5, 2),
+        "conv_kernel": (10, 3),
+        "num_feat_extract_layers": 2,
+    }
+    torch.manual_seed(0)
+    hearing = Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            **sizes, **convolved, vocab_size=30, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4
+        )
+    )
+    reading = IBertForMaskedLM(IBertConfig(**sizes, vocab_size=families.VOCAB))
+    for source, data in ((hearing, {"input_values": torch.randn(2, 400)}), (reading, {"input_ids": IDS})):
+        options = {"hidden": 16, "method": "subclone", "calibration": [data]}
+        plain, made = (
+            AutoSubclone.from_pretrained(source, compensation=own, **options) for own in ((), ("rms",))
+        )
+        changed = [n for n, own in made.named_parameters() if not torch.equal(own, plain.get_parameter(n))]
+        assert changed == ([] if source is hearing else ["lm_head.layer_norm.weight"])
+    assert "Wav2Vec2ForCTC: rms has no norm to set" in caplog.text
+    assert "IBertForMaskedLM: rms leaves 'ibert.embeddings.LayerNorm.weight'" in caplog.text
 
 
 def _energy(stream: Tensor, centred: bool) -> Tensor:

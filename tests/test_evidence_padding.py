@@ -11,10 +11,10 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     PreTrainedModel,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from hf_ws import AutoSubclone, calibrate
@@ -32,12 +32,15 @@ BART = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32,
     "decoder_start_token_id": 2, "pad_token_id": 1,
 }  # fmt: skip
+FSMT = BART | {
+    "langs": ["en", "de"],
+    "src_vocab_size": 64,
+    "tgt_vocab_size": 64,
+    "tie_word_embeddings": False,
+}
 MODELS = {
     "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
     "bart": lambda: BartForConditionalGeneration(BartConfig(**BART)),
-    "switch": lambda: SwitchTransformersForConditionalGeneration(
-        SwitchTransformersConfig(**T5, num_experts=2, expert_capacity=64)
-    ),
 }  # fmt: skip
 LONG = 9
 LENGTHS = (
@@ -99,6 +102,22 @@ def test_neither_the_encoders_nor_the_decoders_padding_counts(name: str, told: s
     source = model(name)
     batch, alone = forms(name, told)
     same(calibrate(source, [batch], wants=WANTS), calibrate(source, alone, wants=WANTS))
+
+
+def test_nor_does_it_where_sequences_lie_crosswise() -> None:
+    """XLNet runs [tokens, sequences, width]."""
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    torch.manual_seed(0)
+    source = XLNetLMHeadModel(config).eval().double()
+    rows = [row for row, _ in pairs("xlnet")]
+    batch = {
+        "input_ids": padded(rows, LONG, 5),
+        "attention_mask": padded([torch.ones_like(row) for row in rows], LONG, 0),
+    }
+    same(
+        calibrate(source, [batch], wants=WANTS),
+        calibrate(source, [{"input_ids": r} for r in rows], wants=WANTS),
+    )
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -11,6 +11,8 @@ import torch
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     Data2VecVisionConfig,
     Data2VecVisionForImageClassification,
     DeiTConfig,
@@ -389,6 +391,34 @@ def test_a_head_that_cannot_be_untied_is_said_and_stays(
     target.save_pretrained(tmp_path)
     again = type(target).from_pretrained(tmp_path)
     torch.testing.assert_close(again(**data[0]).logits, target(**data[0]).logits)
+
+
+def test_a_head_stays_tied_where_only_another_stream_is_turned(caplog: pytest.LogCaptureFixture) -> None:
+    """The picture tower of BLIP-2; its text may not be untied and may be as it was."""
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = Blip2Config(
+        vision_config=tower | {"image_size": 16, "patch_size": 8},
+        qformer_config=tower | {"encoder_hidden_size": 32, "vocab_size": families.VOCAB},
+        text_config=families.config("opt").to_dict() | {"tie_word_embeddings": True},
+        num_query_tokens=4,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    source = Blip2ForConditionalGeneration(config)
+    with caplog.at_level(logging.WARNING, "hf_ws"):
+        plans = [
+            AutoSubclone.plan(
+                source,
+                **{"vision_config.hidden": 24, "vision_config.heads": 3},
+                method=method,
+                method_args=args,
+            )
+            for method, args in (("rotation", {}), ("rotation", {"untie": False}), ("subclone", {}))
+        ]
+    assert not any(plan.untied for plan in plans)
+    assert len({plan.parameters for plan in plans}) == 1
+    assert [type(plan.maps["vision_config.hidden"]) for plan in plans[:2]] == [Turn, Turn]
+    assert "untied" not in caplog.text
 
 
 def test_channels_in_groups_are_said_to_stay(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ from benchmarks.starting import sources, units
 from benchmarks.starting.arms import ARMS, CLAIMS, refusal, sizes_for
 from benchmarks.starting.report import Report, final_table, tables
 from benchmarks.starting.sources import RECIPES, Recipe, Source
-from benchmarks.starting.units import LONG, PER_STEP, SEARCH, SHORT, Bench, Results, Stage, Unit
+from benchmarks.starting.units import LONG, PER_STEP, SHORT, Bench, Results, Stage, Unit
 from hf_ws import AutoSubclone
 
 TINY = {
@@ -56,51 +56,20 @@ def result(unit: Unit, losses: list[float], **changes: Any) -> dict[str, Any]:
 # --- what comes next ---
 
 
-def test_rates_are_chosen_before_runs_and_the_grid_goes_on_at_its_edge(tmp_path, monkeypatch) -> None:
+def test_rates_are_chosen_on_whole_runs_and_the_grid_goes_on_at_its_edge(tmp_path, monkeypatch) -> None:
     bench = bench_of(tmp_path, ["subclone, no gains"], monkeypatch)
     monkeypatch.setattr(units, "STAGES", (Stage("ablations", SHORT, (0, 1), False),))
-    best, tried = 1.6e-2, []
+    best, ran = 1.6e-2, []
     while todo := list(units.left(bench)):
         unit = todo[0]
-        if unit.steps == SEARCH:
-            tried.append(unit.rate)
-            loss = abs(torch.log2(torch.tensor(unit.rate / best))).item()
-            bench.results.add(unit, result(unit, [5.0, loss]))
-            continue
-        assert unit.rate == best
-        bench.results.add(unit, result(unit, [5.0, 4.0, 3.0, 2.0]))
-    assert tried == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]  # the best is inside
-    assert len(bench.results.all("demo", "f")) == len(tried) + 2
-
-
-def test_whole_runs_choose_the_rate_of_a_main_start_anew(tmp_path, monkeypatch) -> None:
-    """The search finds 2e-3, a whole run is better with more."""
-    bench = bench_of(tmp_path, ["random"], monkeypatch)
-    stages = (
-        Stage("a", SHORT, (0,), True),
-        Stage("b", SHORT, (0,), True, beside=True),
-        Stage("c", SHORT, (1,), True),
-    )
-    monkeypatch.setattr(units, "STAGES", stages)
-    ran = []
-    while todo := [unit for unit in units.left(bench) if unit.rate]:
-        ran.append((todo[0].steps, todo[0].seed, todo[0].rate))
-        best = 2e-3 if todo[0].steps == SEARCH else 8e-3
-        loss = abs(torch.log2(torch.tensor(todo[0].rate / best))).item()
-        bench.results.add(todo[0], result(todo[0], [5.0, loss]))
-    assert [one[1:] for one in ran if one[0] == SHORT] == [
-        (0, 2e-3),
-        (0, 1e-3),
-        (0, 4e-3),
-        (0, 8e-3),
-        (0, 1.6e-2),
-        (1, 8e-3),
-    ]
+        ran.append((unit.steps, unit.seed, unit.rate))
+        loss = abs(torch.log2(torch.tensor(unit.rate / best))).item()
+        bench.results.add(unit, result(unit, [5.0, 4.0, 3.0, loss]))
+    tried = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]  # the best is inside
+    assert ran == [*((SHORT, 0, rate) for rate in tried), (SHORT, 1, best)]
     report = Report({"name": "demo"}, bench.results.all("demo", "f"))
-    assert {seed: one["unit"]["rate"] for seed, one in report.runs("random", SHORT).items()} == {
-        0: 8e-3,
-        1: 8e-3,
-    }
+    chosen = report.runs("subclone, no gains", SHORT).items()
+    assert {seed: one["unit"]["rate"] for seed, one in chosen} == {0: best, 1: best}
 
 
 def test_a_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch) -> None:
@@ -114,14 +83,14 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch) -> None:
 def test_the_most_informative_units_come_first(tmp_path, monkeypatch) -> None:
     bench = bench_of(tmp_path, ["random", "subclone", "subclone, no gains"], monkeypatch)
     order = list(units.every(bench))
-    assert [unit.steps for unit in order[:4]] == [0, 0, 0, SEARCH]
+    assert [unit.steps for unit in order[:4]] == [0, 0, 0, SHORT]
     main, ablations = (
         next(i for i, u in enumerate(order) if u.arm == a and u.steps)
         for a in ("subclone", "subclone, no gains")
     )
     assert main < ablations
     assert len({unit.key for unit in order}) == len(order)
-    assert {unit.target for unit in order if unit.steps == SEARCH} == {"both-40"}
+    assert {unit.target for unit in order if unit.rate} == {"both-40"}  # where rates are chosen
 
 
 def test_committed_results_count_unless_the_source_is_another(tmp_path, monkeypatch) -> None:
@@ -153,10 +122,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sources, "VOCAB", 300)
     monkeypatch.setattr(sources, "MEASURED", 16)
     monkeypatch.setattr(units, "CALIBRATION", 4)
-    monkeypatch.setattr(units, "SEARCH", 1)
     for module in (units, reporting):
         monkeypatch.setattr(module, "SHORT", 3)
-    monkeypatch.setattr(reporting, "SEARCH", 1)
     for name, value in {"RATES": (1e-3,), "LEAST": 1e-3, "MOST": 1e-3}.items():
         monkeypatch.setattr(units, name, value)
     few = {name: ARMS[name] for name in ("random", "subclone", "subclone, split heads")}
@@ -176,10 +143,10 @@ def test_a_run_goes_on_where_it_was_and_leaves_results_and_plot(tiny, tmp_path, 
     assert len(made) == 3
     starts.main(tiny)
     starts.main([*tiny, "--status"])
-    assert "main: 4 of 4 done, 0.0 h left" in capsys.readouterr().out
+    assert "main: 2 of 2 done, 0.0 h left" in capsys.readouterr().out
 
     files = {file: file.read_bytes() for file in (tmp_path / "cache" / "units").iterdir()}
-    assert len(files) == 3 + 2 * (1 + 1)
+    assert len(files) == 3 + 2
     assert (
         made.items() <= {file.name: data for file, data in files.items()}.items()
     )  # what was there is not redone

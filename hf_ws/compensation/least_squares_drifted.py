@@ -29,6 +29,8 @@ from hf_ws.store.shards import some
 logger = logging.getLogger("hf_ws")
 EVEN = 1e-2
 """What of a disturbance may come to the norm as something else, rounding included, as a part of it."""
+FAINT = 1e-2
+"""Channels that are multiplied by less than this part of the usual are let alone: else what writes them would shout."""
 
 
 def least_squares_drifted(
@@ -40,8 +42,8 @@ def least_squares_drifted(
     sees s, while the source's norm that this one is made of sees x, W is changed by the D for which D b is nearest to
     M x - s, M the map of the stream; with a small penalty on D. So a layer makes up for what all before it lost, the
     layers that were dropped included. What the class multiplies a matrix's output by before it adds it (LayerScale,
-    Granite) is seen by trying it, and divided out. Matrices whose output comes to the norm in another order (Swin's
-    windows), or as a part of it (experts), stay as they are, and a warning says so.
+    Granite) is seen by trying it, and divided out, but where it is next to nothing. Matrices whose output comes to the
+    norm in another order (Swin's windows), or as a part of it (experts), stay as they are, and a warning says so.
 
     Each matrix takes a pass of both models up to where it is. It is an option and no method's default, for it does
     nothing that training does not do at once. On the demo's source, rotated to three quarters of its width, it takes
@@ -62,7 +64,8 @@ def least_squares_drifted(
             passed.append(writer.module)
             continue
         change, shift = _change(running, student, writer, bias is not None)
-        change, shift = change / by[:, None], shift / by
+        heard = torch.where(by.abs() > FAINT * by.abs().median(), 1 / by, 0.0)
+        change, shift = change * heard[:, None], shift * heard
         weight = module.get_parameter("weight").data
         weight += (change.T if isinstance(module, Conv1D) else change).to(weight)
         values[f"{writer.module}.weight"] = Given(weight.cpu().numpy().copy())
@@ -141,8 +144,8 @@ def _onto(plan: Plan, axis: str, module: str) -> Tensor:
 
 
 def _scale(running: Running, student: PreTrainedModel, writer: _Writer) -> Tensor | None:
-    """What the class multiplies a matrix's output by, channel by channel, on its way to the norm; None if it does
-    something else, or not to every token in its place."""
+    """What the class multiplies a matrix's output by, channel by channel, on its way to the norm: 0 where it does
+    something else, and None if it does so to most channels, or not to every token in its place."""
     generator = torch.Generator().manual_seed(0)
     given: list[Tensor] = []
 
@@ -157,12 +160,13 @@ def _scale(running: Running, student: PreTrainedModel, writer: _Writer) -> Tenso
         after = seen(student, running.batch(student), {writer.norm}).get(writer.norm)
     finally:
         hook.remove()
-    if before is None or after is None or len(given) != 1 or given[0].shape != after.shape:
+    if before is None or after is None or len(given) != 1 or given[0].numel() != after.numel():
         return None
-    noise, moved = (t.double().flatten(0, -2).cpu() for t in (given[0], after.double() - before.double()))
+    width = after.shape[-1]  # a class may lay sequences end to end in between (OPT)
+    noise, moved = (t.double().reshape(-1, width).cpu() for t in (given[0], after.double() - before.double()))
     by = (noise * moved).sum(0) / (noise * noise).sum(0)
-    rest = (moved - by * noise).norm() / moved.norm().clamp(min=1e-30)
-    return by if float(rest) < EVEN and float(by.abs().min()) > 0 else None
+    even = (moved - by * noise).norm(dim=0) < EVEN * moved.norm(dim=0)
+    return by * even if 2 * int(even.sum()) > width else None
 
 
 def _change(

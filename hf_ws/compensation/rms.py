@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,7 +17,10 @@ from hf_ws.layouts.norms import norms_of
 from hf_ws.maps import Gather
 from hf_ws.plan import Plan
 from hf_ws.store import Source
+from hf_ws.store.shards import some
 from hf_ws.turns import level
+
+logger = logging.getLogger("hf_ws")
 
 
 def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence) -> Plan:
@@ -34,15 +38,27 @@ def rms(plan: Plan, source: Source, certificate: Certificate, evidence: Evidence
     levels from its basis, and a norm without a gain has no place for one: both stay as they are.
     """
     norms = norms_of(source.model_class, source.config, certificate)
-    gains, offsets = dict(plan.gains), dict(plan.offsets)
-    for own, kept in normed(plan, certificate, evidence):
-        norm = norms[own.pattern]
+    gains, offsets, passed = dict(plan.gains), dict(plan.offsets), []
+    found = [*normed(plan, certificate, evidence)]
+    if not found:
+        logger.warning("%s: rms has no norm to set, of a stream that was selected from", plan.model_class)
+    for own, kept in found:
+        norm = norms.get(own.pattern)
+        if norm is None:
+            passed.append(own.name)
+            continue
         part, whole = _mean_squares(evidence.moments[own.source].second.double(), kept, norm.centred)
         if part > 0:
             gains[own.name] = level(part, whole, norm.eps) * plan.gains.get(
                 own.name, plan.gains.get(own.pattern, 1.0)
             )
             offsets |= {own.pattern: norm.offset} if norm.offset else {}
+    if passed:
+        logger.warning(
+            "%s: rms leaves %s as they are, norms that take more than a row of channels",
+            plan.model_class,
+            some(passed, 3),
+        )
     return replace(plan, gains=gains, offsets=offsets)
 
 

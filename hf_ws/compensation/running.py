@@ -142,6 +142,6 @@ def _rows(model: PreTrainedModel, found: Mapping[str, Tensor], masks: Masks) -> 
     of_encoder = {name for name, module in model.named_modules() if module is encoder}
     for name, values in found.items():
         flat = values.reshape(-1, values.shape[-1])
-        kept = masks.among(len(flat), any(name.startswith(f"{prefix}.") for prefix in of_encoder))
+        kept = masks.among(values.shape[:-1], any(name.startswith(f"{prefix}.") for prefix in of_encoder))
         rows[name] = (flat if kept is None else flat[kept]).double().cpu()
     return rows

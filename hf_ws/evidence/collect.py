@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -113,15 +113,15 @@ class Collector:
 
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _kept(self, count: int, values: Tensor | None = None) -> Tensor | None:
-        """Which of so many tokens are no padding; None where all are, or no mask is theirs."""
+    def _kept(self, places: Sequence[int], values: Tensor | None = None) -> Tensor | None:
+        """Which of the tokens at these places are no padding; None where all are, or no mask is theirs."""
         read_across = values is not None and values is self._encoded
-        return self._masks.among(count, self._encodes or read_across)
+        return self._masks.among(places, self._encodes or read_across)
 
     def _rows(self, values: Tensor) -> Tensor:
         """[tokens, width], padding left out."""
         flat = values.detach().reshape(-1, values.shape[-1])
-        kept = self._kept(len(flat), values)
+        kept = self._kept(values.shape[:-1], values)
         return flat if kept is None else flat[kept.to(flat.device)]
 
     def _flat(self, values: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Collector:
         """Neurons of a layer's experts: all these are one site, and one `parameter` reads them."""
 
         def see(values: Tensor, tokens: Tensor, count: int) -> Tensor | None:
-            leaf, kept = self._leaf(values), self._kept(count)
+            leaf, kept = self._leaf(values), self._kept((count,))
 
             def rows(values: Tensor) -> Tensor:
                 return values.detach() if kept is None else values.detach()[kept.to(tokens.device)[tokens]]
@@ -290,7 +290,7 @@ class Collector:
 
     def _add_routes(self, layer: int | str, axis: str, chosen: Tensor, weights: Tensor | None) -> None:
         """Tokens' experts [tokens, chosen], and their weights, likewise or of every expert; padding is left out."""
-        size, among = self._sizes[axis], self._kept(len(chosen))
+        size, among = self._sizes[axis], self._kept((len(chosen),))
         kept = torch.ones(len(chosen), dtype=torch.bool) if among is None else among.cpu()
         index = chosen.detach().cpu()[kept].long()
         weights = None if weights is None else weights.detach().cpu()[kept]

@@ -64,8 +64,12 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def placed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch on the model's device."""
-    return {name: value.to(device_of(model)) for name, value in inputs.items()}
+    """A batch on the model's device; pictures and sounds in its precision."""
+    device = device_of(model)
+    return {
+        name: value.to(device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
 
 
 def _passed_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

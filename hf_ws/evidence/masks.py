@@ -1,8 +1,14 @@
-"""Which tokens of a batch are padding: an encoder's are not a decoder's."""
+"""Which tokens of a batch are padding: an encoder's are not a decoder's.
+
+Not told apart is what a class lays out by a rule of its own: LED pads to whole windows, ProphetNet's decoder runs
+several streams, experts that are modules of their own (Switch, NLLB-MoE) see tokens in their order; padding counts
+there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,16 +23,21 @@ class Masks(NamedTuple):
     encoder: Tensor | None
     decoder: Tensor | None
 
-    def among(self, count: int, are_encoders: bool) -> Tensor | None:
-        """Which of so many tokens count [tokens]; None where there is no mask of so many: then all do.
+    def among(self, places: Sequence[int], are_encoders: bool) -> Tensor | None:
+        """Which of the tokens seen count, flat; None where there is no mask of so many: then all do.
 
         Args:
-            count: How many are seen, in the order of the batch.
+            places: The shape of what is seen but for its width, mostly [sequences, tokens]. Some classes run
+                [tokens, sequences] (XLNet, FSMT, Longformer's attention); with as many of the one as of the other, that
+                is not seen.
             are_encoders: Whose they are; a decoder may see the encoder's too, and else has its own.
         """
         masks = (self.encoder,) if are_encoders else (self.decoder, self.encoder)
-        found = next((mask for mask in masks if mask is not None and mask.numel() == count), None)
-        return None if found is None else found.reshape(-1).bool()
+        found = next((mask for mask in masks if mask is not None and mask.numel() == math.prod(places)), None)
+        if found is None:
+            return None
+        crosswise = tuple(places) == tuple(found.shape[::-1]) != tuple(found.shape)
+        return (found.mT if crosswise else found).reshape(-1).bool()
 
 
 def masks_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Masks:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_ws.axes import HIDDEN, kind_of, parse
 from hf_ws.layouts import run
 from hf_ws.layouts.certify import Certificate
 from hf_ws.layouts.miniature import miniatures
@@ -32,21 +35,25 @@ _NORMS: dict[tuple[type[PreTrainedModel], str], dict[str, Norm]] = {}
 def norms_of(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, certificate: Certificate
 ) -> dict[str, Norm]:
-    """Every norm of `model_class(config)` that has a gain, by the gain's name in `layouts`; remembered."""
+    """Every norm of a stream of `model_class(config)` that has a gain, by the gain's name in `layouts`; remembered.
+
+    Those that take more than rows of channels (I-BERT's, with their scales) are left out.
+    """
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _NORMS:
-        small = miniatures(model_class, config)[0]
+        small, found = miniatures(model_class, config)[0], {}
         with run.plain_arithmetic(small):
             model = run.perturbed(run.build(model_class, small))
             stacks = certificate.stacks.of(small)
-            _NORMS[key] = {
-                generic(f"{name}.weight", stacks)[0]: Norm(
-                    offset_of(module), centres(module, size := len(module.weight)), eps_of(module, size)
-                )
-                for name, module in model.named_modules()
-                if is_norm(module) and isinstance(getattr(module, "weight", None), torch.Tensor)
-                and module.weight.ndim == 1
-            }  # fmt: skip
+            for name, module in model.named_modules():
+                pattern = generic(f"{name}.weight", stacks)[0]
+                axes = [dim.expression for dim in parse(certificate.layouts.get(pattern, ""))]
+                if not is_norm(module) or len(axes) != 1 or kind_of(str(axes[0])) != HIDDEN:
+                    continue
+                size = len(module.get_parameter("weight"))
+                with contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError):
+                    found[pattern] = Norm(offset_of(module), centres(module, size), eps_of(module, size))
+        _NORMS[key] = found
     return _NORMS[key]
 
 
@@ -88,7 +95,9 @@ def eps_of(norm: nn.Module, size: int) -> float:
         probe *= (size / (size - 1)) ** 0.5
     none, whole, quiet = (_normed(norm, probe * by).double() for by in (0.0, 1.0, few))
     ratio = float(((quiet - none).norm() / (whole - none).norm()) ** 2)
-    return max(few**2 * (1 - ratio) / (ratio - few**2), 0.0) if ratio > few**2 else 0.0
+    if not few**2 < ratio < math.inf:  # it is as much quieter (batches), or knows no loudness
+        return 0.0
+    return max(few**2 * (1 - ratio) / (ratio - few**2), 0.0)
 
 
 def _normed(norm: nn.Module, probe: torch.Tensor) -> torch.Tensor:

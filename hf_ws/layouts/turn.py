@@ -125,7 +125,7 @@ def _proven(
     if not error <= TOLERANCE:
         raise UnsupportedArchitectureError(
             f"{name}: {axis} cannot be turned, a random rotation moved the output by {error:.1e}: something acts on "
-            "single channels of the stream, such as a norm after the residual sum or on what a block adds to it"
+            "single channels of the stream; often it is a norm after the residual sum, or on what a block adds to it"
         )
     return replace(found, error=error)
 

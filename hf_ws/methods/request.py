@@ -18,6 +18,7 @@ from hf_ws._version import __version__
 from hf_ws.axes import (
     HEAD_DIM,
     HEADS,
+    HIDDEN,
     KV_HEADS,
     LABELS,
     LAYERS,
@@ -237,6 +238,14 @@ class Request:
         """Whether the target's head is its embedding; a class without a head has none, whatever its config says."""
         said = any(getattr(node, "tie_word_embeddings", False) for _, node in nodes(self.target_config))
         return said and bool(self.certificate.tied)
+
+    @property
+    def tied_axes(self) -> set[str]:
+        """The streams that a head reads which is the target's embedding."""
+        layouts = [
+            parse(self.certificate.layouts.get(name, "")) for name in self.certificate.tied if self.tied
+        ]
+        return {axis for layout in layouts for dim in layout for axis in dim.axes if kind_of(axis) == HIDDEN}
 
     def untied(self) -> Request:
         """The same, for a target whose head is a tensor of its own."""

@@ -49,9 +49,9 @@ def rotation(
     taken = {key.partition("@")[0] for key in merges}
     request.check_heads(but=taken)
     turned: list[Turning] = []
-    free = untie or not request.tied
-    for axis in (axis for axis in request.certificate.axes if kind_of(axis) == HIDDEN and free):
-        if request.before[axis] == request.after[axis]:
+    tied = request.tied_axes
+    for axis in (axis for axis in request.certificate.axes if kind_of(axis) == HIDDEN):
+        if request.before[axis] == request.after[axis] or (axis in tied and not untie):
             continue
         try:
             if axis not in request.axes:
@@ -61,15 +61,15 @@ def rotation(
             turned.append(turning(request.model_class, request.source_config, request.certificate, axis))
         except UnsupportedArchitectureError as error:
             logger.warning("%s; its channels are selected by importance instead", error)
-    if turned and request.tied and not can_be_untied(request.model_class, request.source_config):
-        name = request.model_class.__name__
-        logger.warning(
-            "%s: its head cannot be untied from the embedding; its channels are selected by importance instead",
-            name,
-        )
-        turned = []
-    if turned:
-        request = request.untied()
+    if any(found.axis in tied for found in turned):
+        if can_be_untied(request.model_class, request.source_config):
+            request = request.untied()
+        else:
+            logger.warning(
+                "%s: its head cannot be untied from the embedding; its channels are selected by importance instead",
+                request.model_class.__name__,
+            )
+            turned = [found for found in turned if found.axis not in tied]
     maps: dict[str, Any] = {
         found.axis: Turn(request.after[found.axis], request.before[found.axis], found.centred)
         for found in turned
