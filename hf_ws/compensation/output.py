@@ -77,7 +77,9 @@ def _last(
 ) -> tuple[str, str]:
     """The names of the norm that the head reads, and of the head."""
     if certificate.head is None:
-        raise CalibrationError(f"output compares the logits of words, and {plan.model_class} gives none; leave it out")
+        raise CalibrationError(
+            f"output compares the logits of words, and {plan.model_class} gives none; leave it out"
+        )
     if any(kind_of(axis) == VOCAB and plan.target_sizes[axis] != n for axis, n in plan.source_sizes.items()):
         raise CalibrationError(
             "output compares logits word by word, and the words are not the same; leave it out"
