@@ -14,6 +14,7 @@ from hf_ws.errors import CalibrationError, HfWsError
 from hf_ws.sizes import sizes_of
 
 MAIN, ABLATION = "main", "ablation"
+DEFAULT = "rotation, explained"  # what the library does where it is given text and no method
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ ARMS: dict[str, Arm] = {
     "random": Arm({"method": "random"}, group=MAIN),
     "weight_selection": _selected(group=MAIN),
     "subclone": _subclone(group=MAIN),
-    "rotation, explained": _rotated("lowest_loss", MAIN, "explained"),  # the default
+    DEFAULT: _rotated("lowest_loss", MAIN, "explained"),
     "rotation": _rotated(),
     "rotation, lowest loss": _rotated("lowest_loss"),
     "rotation, block influence": _rotated("block_influence"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.starting.arms import ARMS, CLAIMS, MAIN
+from benchmarks.starting.arms import ARMS, CLAIMS, DEFAULT, MAIN
 from benchmarks.starting.units import CHOOSING, ENOUGH, HALF, LONG, PER_STEP, SHORT
 from hf_ws.compare.report import tokens_to
 
@@ -321,7 +321,9 @@ def draw(report: Report, folder: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     panels = [steps for steps in (SHORT, LONG, ENOUGH) if report.arms(steps)]
-    figure = Figure(figsize=(2 + 5.5 * (len(panels) + 1), 5), layout="constrained")
+    started = sorted(report.started(), key=lambda arm: report.gap_closed(arm) or 0.0)
+    size = 2 + 5.5 * (len(panels) + 1), max(5, 0.2 * len(started))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
     for place, steps in zip(axes, panels, strict=False):
@@ -330,7 +332,9 @@ def draw(report: Report, folder: Path) -> None:
             runs = list(report.runs(arm, steps).values())
             tokens = [count for count, _ in runs[0]["curve"] if count]
             losses = [[loss_at(one, count) or math.inf for one in runs] for count in tokens]
-            place.plot(tokens, [statistics.median(row) for row in losses], f"C{number}o-", ms=3, label=arm)
+            place.plot(
+                tokens, [statistics.median(row) for row in losses], f"C{number}o-", ms=3, label=_label(arm)
+            )
             place.fill_between(
                 tokens, [min(r) for r in losses], [max(r) for r in losses], color=f"C{number}", alpha=0.2
             )
@@ -343,11 +347,14 @@ def draw(report: Report, folder: Path) -> None:
         )
         place.xaxis.set_major_formatter(EngFormatter(sep=""))
         place.legend(frameon=False)
-    arms = report.started()
-    arms.sort(key=lambda arm: report.gap_closed(arm) or 0.0)
-    axes[-1].barh(arms, [100 * (report.gap_closed(arm) or 0.0) for arm in arms], color="C0")
+    gaps = [100 * (report.gap_closed(arm) or 0.0) for arm in started]
+    axes[-1].barh([*map(_label, started)], gaps, color="C0")
     axes[-1].set(title="before training", xlabel="gap closed, %")
     for place in axes:
         place.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.told['name']}, target {CHOOSING}")
     figure.savefig(folder / f"{report.told['name']}.png", dpi=110)
+
+
+def _label(arm: str) -> str:
+    return f"{arm} (the default)" if arm == DEFAULT else arm
