@@ -158,6 +158,7 @@ def _planned(
         compensation=compensations.chosen(ask.compensation, method),
         vocabulary=ask.vocabulary,
     )
+    request.check_kinds()
     request.check_fixed()
     if not grows:
         request.check_growth()

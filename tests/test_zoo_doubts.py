@@ -33,6 +33,7 @@ from hf_ws.errors import HfWsError, PlanError, SizeError, UnsupportedArchitectur
 from hf_ws.layouts import catalogue, infer
 from hf_ws.layouts.certify import certificate_of
 from hf_ws.layouts.prove import TOLERANCE
+from tests.test_zoo import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what a class of Transformers warns of
 
@@ -230,3 +231,27 @@ def test_prophetnet_mixes_heads_and_positions() -> None:
     assert ngram.shape == (1, 2, 3, 6, 12)
     for head in range(3):  # rows are positions
         assert ngram[0, :, head].any(-1).double().mean() == pytest.approx(1 / 3)
+
+
+def test_every_layer_of_one_kind_may_go(caplog: pytest.LogCaptureFixture) -> None:
+    """Kimi Linear with a linear layer alone: nothing is planned for the attention that is gone."""
+    source = Case("kimi_linear").source
+    sizes = {"hidden": source.config.hidden_size * 2 // 3, "heads": source.config.num_attention_heads}
+    ids = torch.arange(24, 72).view(4, 12)
+    made = AutoSubclone.from_pretrained(
+        source, layers=1, layer_policy="first", method="subclone", calibration=ids, **sizes
+    )
+    assert made.config.layer_types == ["linear_attention"]
+    assert made.hf_ws_plan.gains
+    assert made(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["subclone", "rotation", "weight_selection"])
+def test_the_last_layers_with_an_axis_of_their_own_are_named(method: str) -> None:
+    """Gemma 4 numbers heads of another width by the layers that have them."""
+    source = Case("gemma4_unified_text").source
+    with pytest.raises(
+        PlanError, match=r"has head_dim\.1, as layers 1, 2 of the source have; keep one of them"
+    ):
+        AutoSubclone.plan(source, layers=1, layer_policy="first", method=method)
+    assert AutoSubclone.plan(source, layers=1, layer_policy="last", method=method).layers == {"layers": (2,)}

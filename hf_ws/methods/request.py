@@ -31,7 +31,7 @@ from hf_ws.axes import (
     parse,
     sibling,
 )
-from hf_ws.errors import SizeError
+from hf_ws.errors import PlanError, SizeError
 from hf_ws.layouts import Certificate, stack_of
 from hf_ws.layouts.census import census
 from hf_ws.layouts.irregular import alibi_index, rotary_index
@@ -211,6 +211,20 @@ class Request:
         heads = {axis for axis in self.before if kind_of(axis) in (HEADS, KV_HEADS, HEAD_DIM)}
         return {*self.certificate.occurring, *heads}
 
+    def check_kinds(self) -> None:
+        """Raises PlanError where none of the kept layers has an axis that others of the source have (`head_dim.1`)."""
+        every = {stack: range(self.before[stack]) for stack in self.layers}
+        for axis in (axis for axis in self.axes if axis not in self.after):
+            having = dict.fromkeys(
+                own.layer
+                for own in self.certificate.spelled(every)
+                if any(axis in dim.axes for dim in parse(self.certificate.layouts[own.pattern]))
+            )
+            raise PlanError(
+                f"no layer that is kept has {axis}, as layers {', '.join(map(str, having))} of the source have; keep "
+                "one of them: name them (layer_policy=[...]), or another policy"
+            )
+
     def check_heads(self, but: Collection[str] = ()) -> None:
         """Refuse more query heads to a key/value head than the source has: selection would split a group.
 
@@ -313,6 +327,7 @@ class Request:
     ) -> Plan:
         """The plan with these maps."""
         fresh = tuple(dict.fromkeys([*fresh, *self.fresh_head()]))
+        there = {name for own in self.certificate.spelled(self.layers) for name in (own.name, own.pattern)}
         return Plan(
             source=self.source,
             revision=self.revision,
@@ -332,7 +347,7 @@ class Request:
             layers={axis: tuple(kept) for axis, kept in self.layers.items()},
             blends=dict(self.blends),
             maps={**maps, **self._chosen_tokens()},
-            gains={name: gain for name, gain in (gains or {}).items() if name not in fresh},
+            gains={name: gain for name, gain in (gains or {}).items() if name in there and name not in fresh},
             fresh=fresh,
             folds=dict(folds or {}),
             compensation=tuple(self.compensation),
