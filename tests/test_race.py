@@ -55,6 +55,12 @@ def test_the_better_half_goes_on_and_the_best_is_named(tmp_path, learned) -> Non
     assert end.confidence == 1.0
     assert 0 < end.low < end.lead < end.high
 
+    for file in tmp_path.glob(
+        "arms/*/result.json"
+    ):  # nothing is measured on the way, for the end alone counts
+        rows = json.loads(file.read_text())["rows"]
+        assert {row["step"] for row in rows if row.get("eval_loss") is not None} == {0, rows[-1]["step"]}
+
     saved = json.loads((tmp_path / "race.json").read_text())
     assert saved["verdict"]["winner"] == "learned"
     assert [len(rung["starts"]) for rung in saved["rungs"]] == [4, 2]

@@ -160,12 +160,10 @@ def _entered(bench: Bench, best: int | None, seed: int, found: Race) -> list[str
 def _rung(setup: Setup, bench: Bench, arms: Sequence[str], budget: _Budget, part: float) -> Rung:
     """Every arm trained for a part of the whole budget, best first."""
     rates, seeds = list(setup.learning_rates), list(setup.seeds)
-    benches = [
-        replace(
-            bench, config=setup.config(budget.in_steps(part, bench, arm)), makers={arm: bench.makers[arm]}
-        )
-        for arm in arms
-    ]
+    benches = []
+    for arm in arms:
+        config = setup.config(budget.in_steps(part, bench, arm), curve=False)  # the end alone counts
+        benches.append(replace(bench, config=config, makers={arm: bench.makers[arm]}))
     total = sum(one.runs(rates, None, seeds) for one in benches)
     name = f"racing {len(arms)} starts for {budget.say(part)}"
     bar = tqdm(total=total, desc=name, unit=" runs", disable=not setup.progress)

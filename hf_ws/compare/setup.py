@@ -127,9 +127,11 @@ class Setup:
             known=known,
         )
 
-    def config(self, steps: int) -> TrainConfig:
-        """The settings of a run of so many steps. Raises PlanError."""
-        settings: dict[str, Any] = {"eval_at": _early(steps), "eval_every": max(1, steps // 20)}
+    def config(self, steps: int, curve: bool = True) -> TrainConfig:
+        """The settings of a run of so many steps, measured on its way where a curve is wanted. Raises PlanError."""
+        settings: dict[str, Any] = {"eval_at": [], "eval_every": steps}
+        if curve:
+            settings = {"eval_at": _early(steps), "eval_every": max(1, steps // 20)}
         settings |= {"log_every": max(1, min(10, steps // 10)), **self.training}
         return TrainConfig(steps=steps, save_model=self.save_models, progress=self.progress, **settings)
 
