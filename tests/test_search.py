@@ -284,6 +284,22 @@ def test_one_sequence_is_too_little_to_count_and_to_score_on(llama) -> None:
     assert [len(part[0]["input_ids"]) for part in (counted, kept)] == [1, 1]
 
 
+def test_sequences_of_one_batch_are_parted_with_all_that_is_theirs() -> None:
+    rows = ids(11)
+    batches = [
+        {"input_ids": rows[:8], "labels": rows[:8] + 1},
+        {"labels": rows[8:] + 1, "input_ids": rows[8:]},
+    ]
+    one, other = parted(batches)
+    assert [len(batch["labels"]) for batch in one] == [8, 1]
+    assert torch.equal(other[0]["input_ids"], rows[3::4])
+    assert all(torch.equal(batch["labels"], batch["input_ids"] + 1) for batch in one + other)
+    ragged = [{"input_ids": torch.zeros(2, n, dtype=torch.long)} for n in (3, 4, 5, 6)]
+    assert parted(ragged) == (ragged[:3], ragged[3:])
+    with pytest.raises(CalibrationError, match="keeps one batch in four"):
+        parted([{"input_ids": ids(2), "grid": torch.zeros(3)}])
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [("125M", 125 * 10**6), ("1.5b", 1_500_000_000), ("350k", 350_000), ("12_000", 12_000), (7, 7)],

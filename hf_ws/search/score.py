@@ -17,6 +17,7 @@ from hf_ws.distill.forward_kl import forward_kl
 from hf_ws.distill.logits import logits_in_chunks
 from hf_ws.distill.outcomes import FLOOR
 from hf_ws.errors import CalibrationError, PlanError
+from hf_ws.evidence import placed
 
 Inputs = Mapping[str, Tensor]
 
@@ -26,29 +27,34 @@ LOSS, KL = "loss", "KL from the source"
 
 
 def parted(batches: Sequence[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
-    """Calibration data to count on, and one sequence in four to score on (of other inputs one batch in four).
+    """Calibration data to count on, and one sequence in four to score on; of batches of several shapes, one in four.
 
     Raises:
-        CalibrationError: a single sequence.
+        CalibrationError: a single sequence, or batch.
     """
-    alone = all(set(batch) == {"input_ids"} for batch in batches)
-    units: list[Inputs] = [*batches]
-    if alone and len({batch["input_ids"].shape[-1] for batch in batches}) == 1:
-        units = [{"input_ids": row[None]} for batch in batches for row in batch["input_ids"]]
-    if len(units) < 2:
+    shapes = {tuple(sorted((name, value.shape[1:]) for name, value in batch.items())) for batch in batches}
+    alike = len(shapes) == 1 and all(len({len(v) if v.ndim else 0 for v in b.values()}) == 1 for b in batches)
+    count = sum(len(next(iter(batch.values()))) for batch in batches) if alike else len(batches)
+    if count < 2:
         raise CalibrationError(
-            "a search by calibration keeps one sequence in four to score on, and there is one sequence in all; "
-            "give more text, or leave calibration out"
+            f"a search by calibration keeps one {'sequence' if alike else 'batch'} in four to score on, and there is "
+            "one in all; give more text, or leave calibration out"
         )
-    scored = {*range(_ONE_IN - 1, len(units), _ONE_IN)} or {len(units) - 1}
-    parts: tuple[list[Inputs], list[Inputs]] = ([], [])
-    for i, unit in enumerate(units):
-        parts[i in scored].append(unit)
-    if len(units) == len(batches):
-        return parts
-    size = len(batches[0]["input_ids"])
-    counted, kept = (torch.cat([unit["input_ids"] for unit in part]).split(size) for part in parts)
-    return [{"input_ids": rows} for rows in counted], [{"input_ids": rows} for rows in kept]
+    scored = torch.arange(count) % _ONE_IN == _ONE_IN - 1
+    scored[-1] |= count < _ONE_IN
+    if not alike:
+        sides: tuple[list[Inputs], list[Inputs]] = ([], [])
+        for batch, own in zip(batches, scored.tolist(), strict=True):
+            sides[own].append(batch)
+        return sides
+    names, size = list(batches[0]), len(next(iter(batches[0].values())))
+    whole = [torch.cat([batch[name] for batch in batches]) for name in names]
+
+    def those(own: Tensor) -> list[Inputs]:
+        pieces = zip(*(value[own.to(value.device)].split(size) for value in whole), strict=True)
+        return [dict(zip(names, rows, strict=True)) for rows in pieces]
+
+    return those(~scored), those(scored)
 
 
 def measure_of(model_class: type[PreTrainedModel], batches: Sequence[Inputs]) -> str:
@@ -75,7 +81,7 @@ def score(model: PreTrainedModel, batches: Sequence[Inputs], source: PreTrainedM
     total, count = 0.0, 0
     apart: bool | None = None
     for batch in batches:
-        inputs = {name: value.to(model.device) for name, value in batch.items()}
+        inputs = placed(model, batch)
         if measure == KL:
             value, n = _divergence(model, inputs, source)
         elif "labels" in inputs:
@@ -105,7 +111,7 @@ def _next_token(model: PreTrainedModel, inputs: dict[str, Any], apart: bool) -> 
 
 def _divergence(model: PreTrainedModel, inputs: dict[str, Any], source: PreTrainedModel) -> tuple[float, int]:
     """KL(source || model) of their logits, over the places that the mask has, and how many these are."""
-    theirs = source.eval()(**{name: value.to(source.device) for name, value in inputs.items()})
+    theirs = source.eval()(**placed(source, inputs))
     q, p = (getattr(output, "logits", None) for output in (model(**inputs), theirs))
     if q is None or p is None or q.shape != p.shape:
         raise PlanError(
