@@ -272,6 +272,13 @@ def _turned(config: Config) -> int:
 HEADED = ("fun_asr_nano_encoder",)
 """Families whose stream is heads side by side, for it is added to values, or split into heads, as it is."""
 
+
+def _by_ratio(config: Config) -> int:
+    """The neurons of a class that counts them in channels; two thirds, rounded up to a multiple of 8, if gated."""
+    wide = int(config.hidden_size * config.mlp_ratio)
+    return (int(wide * 2 / 3) + 7) // 8 * 8 if getattr(config, "use_swiglu_ffn", False) else wide
+
+
 _AS_WIDE = {
     HEAD_DIM: lambda config: config.hidden_size // config.num_attention_heads
 }  # with heads of their own
@@ -295,6 +302,7 @@ DERIVED: dict[str, dict[str, Callable[[Config], int]]] = {
         "audio_config.waves": _turned,
         "audio_config.still.hidden": lambda config: config.audio_config.hidden_size - 4 * _turned(config),
     },
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "vitdet", "vjepa2", "pixio"), {FFN: _by_ratio}),
     "mpt": {FFN: lambda config: config.expansion_ratio * config.d_model},
     "falcon": {KV_HEADS: _falcon_kv_heads},
     "mobilebert": {"head.hidden": lambda config: config.hidden_size - config.embedding_size},

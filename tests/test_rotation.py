@@ -18,6 +18,8 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     PegasusConfig,
     PegasusForConditionalGeneration,
     PreTrainedModel,
@@ -92,7 +94,7 @@ def test_at_full_size_in_single_precision(family: str) -> None:
 
 VISION = {
     "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96, "image_size": 32,
-    "patch_size": 8, "num_labels": 5,
+    "patch_size": 8, "num_labels": 5, "mlp_ratio": 2,
 }  # fmt: skip
 SEQ2SEQ = {
     "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
@@ -108,6 +110,9 @@ ELSEWHERE = {
     "vit": lambda: (ViTForImageClassification(ViTConfig(**VISION)), "pixel_values"),
     "deit": lambda: (DeiTForImageClassification(DeiTConfig(**VISION)), "pixel_values"),
     "beit": lambda: (BeitForImageClassification(BeitConfig(**VISION)), "pixel_values"),  # LayerScale
+    "dinov2": lambda: (Dinov2ForImageClassification(Dinov2Config(**VISION)), "pixel_values"),  # two tokens' norms
+    "dinov2, gated": lambda: (
+        Dinov2ForImageClassification(Dinov2Config(**VISION, use_swiglu_ffn=True)), "pixel_values"),
     "data2vec": lambda: (
         Data2VecVisionForImageClassification(Data2VecVisionConfig(**VISION)), "pixel_values"),
     "deit with teacher": lambda: (

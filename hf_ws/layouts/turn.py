@@ -221,6 +221,8 @@ def _followed(
     run.run(model, given)
     for hook in hooks:
         hook.remove()
+    for owner in (owner for owner, own in read.items() if not own and "." not in owner):
+        read[owner] = {norm for norm in norms if _follows(model, given, owner, norm)}
     folds: dict[str, Fold] = {}
     size = sizes_of(model.config)[axis]
     for owner, module in norms.items():
@@ -244,6 +246,19 @@ def _followed(
     scales = layer_scales(model, given, certificate, axis)
     folds |= {gain: Fold(axis, (), writers=writers) for gain, writers in scales.items()}
     return Turning(axis, folds, any(centres(module, size) for module in used), float("inf"))
+
+
+def _follows(model: PreTrainedModel, given: Mapping[str, Tensor], reader: str, norm: str) -> bool:
+    """Whether what a module reads is made of a norm's output and of nothing else, as tokens put side by side: then
+    twice the one is twice the other."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(reader).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    run.run(model, given)
+    double = model.get_submodule(norm).register_forward_hook(lambda _, __, output: 2 * output)
+    run.run(model, given)
+    hook.remove()
+    double.remove()
+    return len(seen) == 2 and bool(seen[0].any()) and torch.allclose(seen[1], 2 * seen[0], rtol=TOLERANCE)
 
 
 def _reads(reader: str, norm: str, read: Mapping[str, set[str]]) -> bool:
