@@ -221,8 +221,10 @@ def _followed(
     run.run(model, given)
     for hook in hooks:
         hook.remove()
-    for owner in (owner for owner, own in read.items() if not own and "." not in owner):
-        read[owner] = {norm for norm in norms if _follows(model, given, owner, norm)}
+    for owner in read:
+        top = owner.partition(".")[0]
+        if not any(own for other, own in read.items() if other == owner or other.startswith(f"{top}.")):
+            read[owner] = {norm for norm in norms if _follows(model, given, owner, norm)}
     folds: dict[str, Fold] = {}
     size = sizes_of(model.config)[axis]
     for owner, module in norms.items():
@@ -252,7 +254,8 @@ def _follows(model: PreTrainedModel, given: Mapping[str, Tensor], reader: str, n
     """Whether what a module reads is made of a norm's output and of nothing else, as tokens put side by side: then
     twice the one is twice the other."""
     seen: list[Tensor] = []
-    hook = model.get_submodule(reader).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    reads = model.get_submodule(reader)
+    hook = reads.register_forward_pre_hook(lambda _, args: seen.extend(one.clone() for one in args[:1]))
     run.run(model, given)
     double = model.get_submodule(norm).register_forward_hook(lambda _, __, output: 2 * output)
     run.run(model, given)
